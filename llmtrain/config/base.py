@@ -1,0 +1,97 @@
+"""The base of every config class, and the choice between several of them."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from typing import Annotated, Any, Union, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    PlainSerializer,
+    PlainValidator,
+    SerializationInfo,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
+
+TARGET = "_target_"
+
+
+class Config(BaseModel):
+    """A frozen, typed piece of configuration that stands beside the thing it configures and builds it.
+
+    Subclasses have no defaults for keys that conf/ sets: the YAML is the one owner of a default value.
+    Unknown keys, NaN and infinities are errors. A number is accepted where text is expected (`name=7`), a
+    truth value where a number is expected is not.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        validate_default=True,
+        coerce_numbers_to_str=True,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts `True` as 1, so `max_steps=true` would train one step."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        accepted = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and accepted & {int, float} and bool not in accepted:
+            raise ValueError("must be a number")
+        return value
+
+
+def choice(base: type[Config], *kinds: type[Config]) -> Any:
+    """Type of a field that holds one of `kinds`, told apart by their `kind` key, or a third party's subclass.
+
+    `{kind: rope, theta: 10000}` builds the class among `kinds` whose `kind` literal is "rope".
+    `{_target_: their_pkg.TheirConfig, ...}` imports that name and accepts it only as a subclass of `base`:
+    nothing is called before that is known. `model_dump` gives the `_target_` back.
+    """
+    members: list[Any] = [Annotated[cls, Tag(kind_of(cls))] for cls in kinds]
+    members.append(Annotated[base, PlainValidator(lambda value: _load_target(base, value)), Tag(TARGET)])
+
+    def tag(value: Any) -> str | None:
+        if isinstance(value, Mapping):
+            return TARGET if TARGET in value else value.get("kind")
+        return kind_of(type(value)) if type(value) in kinds else TARGET
+
+    def dump(value: Config, info: SerializationInfo) -> dict[str, Any]:
+        fields = value.model_dump(mode=info.mode)
+        cls = type(value)
+        return fields if cls in kinds else {TARGET: f"{cls.__module__}.{cls.__qualname__}", **fields}
+
+    return Annotated[Union[tuple(members)], Discriminator(tag), PlainSerializer(dump)]  # noqa: UP007
+
+
+def kind_of(cls: type[Config]) -> str:
+    """The one value of a config class's `kind` literal."""
+    return cls.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
+
+
+def target_class(base: type[Config], target: str) -> type[Config]:
+    """The subclass of `base` that `target`, a dotted import path, names; ValueError if it names none."""
+    try:
+        cls = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{TARGET} {target!r} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(f"{TARGET} {target!r} is not a subclass of {base.__module__}.{base.__qualname__}")
+    return cls
+
+
+def _load_target(base: type[Config], value: Any) -> Config:
+    if isinstance(value, base):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a mapping with `kind` or `{TARGET}`")
+    fields = dict(value)
+    return target_class(base, str(fields.pop(TARGET))).model_validate(fields)

@@ -1,0 +1,349 @@
+"""The door to Hydra: command line -> composed YAML -> typed config, and every mistake as one line.
+
+Hydra composes and nothing else. Its job runner, its logging and its output directories are not used: each
+rank of a job would make its own, and `hydra.main` drops what a program returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar, cast
+
+import hydra
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from llmtrain.config.base import Config
+from llmtrain.config.door import plain_door, rank_door
+from llmtrain.config.errors import UserError, describe, did_you_mean
+from llmtrain.config.help_page import config_groups, help_page
+from llmtrain.distributed import World
+
+VERSION_BASE = "1.3"
+MISSING = "???"
+
+__all__ = ["compose", "config_directory", "hydra_door", "plain_door", "quoted"]
+
+C = TypeVar("C", bound=Config)
+Root = type[C] | Callable[[], type[C]]
+
+
+def config_directory() -> Path:
+    """The YAML tree: `conf` inside the installed package, else beside it in the repository."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose(
+    root: type[C],
+    overrides: Sequence[str] = (),
+    directory: Path | None = None,
+    config_dir: str | Path | None = None,
+) -> C:
+    """`config.yaml` of `directory` with `overrides` as a validated `root`; UserError lists every mistake.
+
+    `config_dir` adds a directory with more options for the groups, as `--config-dir` does.
+    """
+    composed = _compose(overrides, directory or config_directory(), config_dir)
+    with _one_line_errors():
+        value = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    unset = sorted(OmegaConf.missing_keys(composed))
+    value = _without_missing(value)
+    try:
+        config = root.model_validate(value)
+    except ValidationError as error:
+        raise UserError(*describe(root, value, error)) from error
+    if unset:
+        raise UserError(*(f"{key}: missing: set {key}=..." for key in unset))
+    return config
+
+
+def hydra_door(
+    root: Root[C],
+    run: Callable[[C], int | None],
+    doc: str | None = "",
+    argv: Sequence[str] | None = None,
+    directory: Path | None = None,
+) -> int:
+    """Composes the config that the command line asks for, hands it to `run`, and returns the exit code.
+
+    `root` is the config class, or a function that imports and returns it, so that `--help` needs nothing
+    heavy. Mistakes (UserError, from here or from `run`) are printed once, by rank 0, a line each.
+    """
+    door = _Door(root, run, doc or "", directory or config_directory())
+    return rank_door(lambda world: door.answer(sys.argv[1:] if argv is None else argv, world))
+
+
+def without_local_rank(argv: Sequence[str]) -> list[str]:
+    """`argv` without the `--local_rank=N` of the deepspeed launcher; LOCAL_RANK is in the environment."""
+    kept: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word in ("--local_rank", "--local-rank"):
+            next(rest, None)
+        elif not re.match(r"--local[_-]rank=", word):
+            kept.append(word)
+    return kept
+
+
+@dataclass(frozen=True)
+class _Door(Generic[C]):
+    root: Root[C]
+    run: Callable[[C], int | None]
+    doc: str
+    directory: Path
+
+    def answer(self, argv: Sequence[str], world: World) -> int | None:
+        options = _parse(without_local_rank(argv))
+        module = _module_of(self.run)
+        if options.multirun:
+            return _run_each(options, module, self.directory, world)
+        if options.help or options.cfg or options.info:
+            if world.is_main:
+                _show(options, self.doc, module.rpartition(".")[2], self.directory)
+            return 0
+        root = self.root if isinstance(self.root, type) else self.root()
+        return self.run(compose(root, options.overrides, self.directory, options.config_dir))
+
+
+# The command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd")
+    options, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        raise UserError(*(_unknown_option(word) for word in unknown))
+    if options.config_dir and not Path(options.config_dir).is_dir():
+        raise UserError(f"--config-dir {options.config_dir}: no such directory")
+    options.argv = list(argv)
+    return options
+
+
+def _unknown_option(word: str) -> str:
+    key = word.lstrip("-")
+    hint = f"keys are written without dashes: {key}" if "=" in key else "see --help"
+    return f"{word}: no such option; {hint}"
+
+
+def _show(options: argparse.Namespace, doc: str, door: str, directory: Path) -> None:
+    if options.help:
+        groups = config_groups(_directories(directory, options.config_dir))
+        sys.stdout.write(help_page(doc, door, groups, _choices(options, directory)))
+    elif options.cfg == "job" and not options.info:
+        composed = _compose(options.overrides, directory, options.config_dir)
+        with _one_line_errors():
+            sys.stdout.write(_yaml(composed, options.package, options.resolve))
+    else:
+        _ask_hydra_itself(options.argv, directory)
+
+
+def _yaml(composed: DictConfig, key: str | None, resolve: bool) -> str:
+    part = OmegaConf.select(composed, key) if key else composed
+    if part is None:
+        raise UserError(f"--package {key}: no such key; --cfg job without it shows all keys")
+    return OmegaConf.to_yaml(part, resolve=resolve) if OmegaConf.is_config(part) else f"{part}\n"
+
+
+def _choices(options: argparse.Namespace, directory: Path) -> dict[str, str | None]:
+    """{group: the option in use}; empty when the overrides do not compose, for help must come anyway."""
+    try:
+        composed = _compose(options.overrides, directory, options.config_dir, hydra_node=True)
+    except UserError:
+        return {}
+    return {group.partition("@")[0]: option for group, option in composed.hydra.runtime.choices.items()}
+
+
+def _ask_hydra_itself(argv: Sequence[str], directory: Path) -> None:
+    """`--info` and `--cfg hydra`: questions about Hydra that only its own main answers, from sys.argv."""
+    before = sys.argv
+    sys.argv = [before[0], *argv]
+    try:
+        hydra.main(str(directory), "config", VERSION_BASE)(lambda _: None)()
+    except SystemExit as end:
+        if end.code:
+            raise UserError("Hydra could not answer; its reason stands above") from end
+    finally:
+        sys.argv = before
+
+
+def _run_each(options: argparse.Namespace, module: str, directory: Path, world: World) -> int:
+    """`--multirun`: each combination in a process of its own, one after another; the first bad code, or 0."""
+    if world.world_size > 1:
+        raise UserError(
+            f"--multirun under a launcher would run the whole sweep in each of the {world.world_size} "
+            "ranks: start it as a single process, or one job after another"
+        )
+    codes = []
+    for number, overrides in enumerate(_combinations(options.overrides)):
+        composed = _compose(overrides, directory, options.config_dir)
+        own = [_numbered(key, composed[key], number) for key in ("name", "output_dir") if key in composed]
+        extra = ["--config-dir", options.config_dir] if options.config_dir else []
+        command = [sys.executable, "-m", module, *overrides, *own, *extra]
+        logging.getLogger(__name__).info("job %d: %s", number, " ".join(overrides))
+        codes.append(subprocess.run(command, check=False).returncode)
+    return next((code for code in codes if code), 0)
+
+
+def _numbered(key: str, value: Any, number: int) -> str:
+    return f"{key}={quoted(f'{value}-{number}')}"
+
+
+def _combinations(overrides: Sequence[str]) -> list[list[str]]:
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    with _one_line_errors():
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return jobs
+
+
+def quoted(value: str) -> str:
+    """`value` as text that Hydra's grammar takes literally, whatever is in it."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+
+
+def _module_of(run: Callable[..., Any]) -> str:
+    """The door's import path, also where `python -m` calls it `__main__`."""
+    if run.__module__ != "__main__":
+        return run.__module__
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else run.__module__
+
+
+# Composition
+
+
+def _compose(
+    overrides: Sequence[str], directory: Path, config_dir: str | Path | None = None, hydra_node: bool = False
+) -> DictConfig:
+    """Hydra's composition. A key that does not exist is let through: validation knows the nearest match."""
+    _refuse_job_options(overrides)
+    words = [*overrides, *_search_path(overrides, config_dir)]
+    with (
+        _one_line_errors(config_groups(_directories(directory, config_dir)), overrides),
+        hydra.initialize_config_dir(str(directory), version_base=VERSION_BASE),
+    ):
+        while True:
+            try:
+                return hydra.compose("config", words, return_hydra_config=hydra_node)
+            except ConfigCompositionException as error:
+                allowed = _with_new_key(words, str(error))
+                if allowed == words:
+                    raise
+                words = allowed
+
+
+def _with_new_key(overrides: Sequence[str], message: str) -> list[str]:
+    """`overrides` with `key=value` as `++key=value` where Hydra refused the key for being new."""
+    refused = re.match(r"Could not override '([^/]+)'\.\nTo append to your config use", message)
+    start = f"{refused[1]}=" if refused else None
+    return [f"++{word}" if start and word.startswith(start) else word for word in overrides]
+
+
+def _refuse_job_options(overrides: Sequence[str]) -> None:
+    """Hydra's own keys would be accepted and do nothing, because its job runner is not used."""
+    for word in overrides:
+        key = word.lstrip("+~").partition("=")[0]
+        if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+            raise UserError(
+                f"{word}: Hydra composes the config and does nothing else here, so this has no effect"
+            )
+
+
+def _search_path(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]:
+    if config_dir is None:
+        return []
+    if any(word.lstrip("+").startswith("hydra.searchpath=") for word in overrides):
+        raise UserError("hydra.searchpath: give either this or --config-dir, not both")
+    return [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
+
+
+def _without_missing(value: Any) -> Any:
+    """`value` without keys that are still `???`, so that validation says they are missing."""
+    if isinstance(value, Mapping):
+        return {key: _without_missing(inner) for key, inner in value.items() if inner != MISSING}
+    return value
+
+
+# Hydra's own errors
+
+
+def _directories(directory: Path, config_dir: str | Path | None) -> list[Path]:
+    return [directory, Path(config_dir)] if config_dir else [directory]
+
+
+@contextmanager
+def _one_line_errors(
+    groups: Mapping[str, Sequence[str]] | None = None, overrides: Sequence[str] = ()
+) -> Iterator[None]:
+    """Hydra's, OmegaConf's and YAML's exceptions, which span lines and come with tracebacks, as UserError."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(_explain(error, groups or {}, overrides)) from error
+
+
+def _explain(error: Exception, groups: Mapping[str, Sequence[str]], overrides: Sequence[str]) -> str:
+    """One line for what Hydra or OmegaConf said, with the options there are and the one probably meant."""
+    message = _flat(str(error))
+    if isinstance(error, OverrideParseException):
+        quoting = "quote a value that has special characters: 'key=\"a=b\"'"
+        return f"{error.override or repr('')}: not a valid override: {message}; {quoting}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        known = [name.rpartition("/")[2] for name in error.options]
+        listed = f"{group} has {', '.join(known)}"
+        return f"{group}={option}: no such option; {listed}{did_you_mean(option, known)}"
+    refused = re.match(r"Could not override '([^'@]+)", message)
+    if refused and refused[1] not in groups:
+        listed = f"groups are {', '.join(groups)}"
+        return f"{refused[1]}: no such group; {listed}{did_you_mean(refused[1], groups)}"
+    if message.startswith("Config group override must be"):
+        words = [word for word in overrides if word.partition("=")[0] in ("", *groups)]
+        return f"{' '.join(words)}: a group takes the name of one of its options: {message}"
+    if message.startswith("Multiple values for"):
+        return f"{message}; on the command line write it without the +"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {message}"
+    cause = f": {_flat(str(error.__cause__))}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+    return message + cause
+
+
+def _flat(message: str) -> str:
+    """A message of several lines as one, without the addresses and types that help nobody."""
+    lines = [line.strip() for line in message.splitlines()]
+    useless = ("See https", "full_key:", "object_type=", "reference_type=")
+    return ", ".join(line for line in lines if line and not line.startswith(useless))

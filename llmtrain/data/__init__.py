@@ -1,0 +1,1 @@
+"""Text to packed batches: readers, token shards, the exact order and mixture, batches."""

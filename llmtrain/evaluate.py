@@ -1,0 +1,72 @@
+"""Measure a trained model on held-out text: llmtrain evaluate runs/quickstart."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config.door import plain_door
+
+
+def evaluate(run: Path, step: int | None) -> dict[str, Any]:
+    """Loss and bits per byte a source beside the unigram and shuffled-context baselines.
+
+    Writes eval/heldout.json and the report anew. The held-out documents are those the run was trained
+    without: they are prepared again if they are no longer in the run's cache.
+    """
+    from llmtrain.data.prepare import prepare
+    from llmtrain.distributed import World
+    from llmtrain.training.build import mixture_weights, open_sources
+    from llmtrain.training.evaluation import Baselines, evaluate_model
+    from llmtrain.training.finished import LocalModel, open_finished
+    from llmtrain.training.report import write_report
+    from llmtrain.training.run_directory import RunDirectory
+
+    finished = open_finished(run, step)
+    config = finished.config
+    train_sources, held_out = open_sources(prepare(config.data, config.tokenizer, config.cache_dir))
+    results = evaluate_model(
+        LocalModel(finished.model).loss,
+        held_out,
+        seq_len=config.seq_len,
+        rows=config.micro_batch_size,
+        documents=config.data.documents,
+        documents_limit=config.callbacks.evaluation.documents,
+        world=World(),
+        baselines=Baselines(
+            train_sources,
+            mixture_weights(config.data, train_sources),
+            finished.tokenizer.vocab_size,
+            config.seed,
+        ),
+    )
+    RunDirectory(run).write_json("eval/heldout.json", {"step": finished.step, **results})
+    write_report(run)
+    return results
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the scores as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("held-out text", "loss", "bits per byte", "shuffled context", "unigram", "bytes")
+    for name, scores in [*results["sources"].items(), ("all", results["all"])]:
+        keys = ("loss", "bits_per_byte", "shuffled_bits_per_byte", "unigram_bits_per_byte")
+        numbers = ["-" if scores[key] is None else f"{scores[key]:.4f}" for key in keys]
+        table.add_row(name, *numbers, f"{scores['bytes']:,}")
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The door of `llmtrain evaluate`."""
+    parser = argparse.ArgumentParser(prog="llmtrain evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    a = parser.parse_args(argv)
+    return plain_door(lambda: show(evaluate(a.run, a.step)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,215 @@
+"""The decoder: embedding, pre-norm blocks of attention and feed-forward, final norm, head.
+
+Letters: B rows, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmtrain.config import Config, choice
+from llmtrain.model.attention import Attention
+from llmtrain.model.documents import Documents
+from llmtrain.model.feed_forward import FeedForwardKind, build_feed_forward
+from llmtrain.model.init import initialize_parameters
+from llmtrain.model.kernels import AttentionConfig, Kernel
+from llmtrain.model.layers import Embedding, full_precision
+from llmtrain.model.norm import NormKind, build_norm
+from llmtrain.model.position import (
+    AlibiConfig,
+    LearnedConfig,
+    NoPositionConfig,
+    Position,
+    PositionConfig,
+    RopeConfig,
+)
+
+IGNORED = -100
+"""The label of a position that is not trained."""
+
+VOCABULARY_MULTIPLE = 128
+"""Rows of the vocabulary's tables are padded to this: matrix products want round sizes."""
+
+
+class DecoderConfig(Config):
+    """Shape and parts of a decoder; what the data decides (vocabulary, seq_len) comes when it is built."""
+
+    d_model: PositiveInt
+    """Width of the residual stream."""
+    n_layers: PositiveInt
+    """Blocks."""
+    n_heads: PositiveInt
+    """Query heads."""
+    n_kv_heads: PositiveInt
+    """Key/value heads: n_heads is MHA, 1 is MQA, a divisor between is GQA."""
+    head_dim: PositiveInt | None
+    """Width of a head; null is d_model / n_heads."""
+    d_ff: PositiveInt
+    """Inner width of the feed-forward part."""
+    norm: NormKind
+    """Normalisation before each part and before the head."""
+    norm_eps: PositiveFloat
+    """Added to the variance (LayerNorm) or to the mean square (RMSNorm)."""
+    feed_forward: FeedForwardKind
+    """swiglu has three matrices d_model x d_ff, gelu has two."""
+    tie_embeddings: bool
+    """Whether the head is the embedding's table or one of its own."""
+    position: choice(PositionConfig, RopeConfig, AlibiConfig, LearnedConfig, NoPositionConfig)  # type: ignore[valid-type]
+    """How the model knows where a token stands."""
+    attention: AttentionConfig
+    """How attention is computed."""
+
+    @field_validator("n_kv_heads")
+    @classmethod
+    def _divides_the_heads(cls, value: int, info: ValidationInfo) -> int:
+        heads = info.data.get("n_heads", value)
+        if heads % value:
+            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ValueError(f"must divide n_heads={heads}: one of {divisors}")
+        return value
+
+    @field_validator("head_dim")
+    @classmethod
+    def _has_a_width(cls, value: int | None, info: ValidationInfo) -> int | None:
+        heads = info.data.get("n_heads", 1)
+        width = info.data.get("d_model", heads)
+        if value is None and width % heads:
+            raise ValueError(f"n_heads={heads} does not divide d_model={width}: change one, or set head_dim")
+        return value
+
+    @field_validator("position")
+    @classmethod
+    def _works_with_such_heads(cls, value: PositionConfig, info: ValidationInfo) -> PositionConfig:
+        if {"d_model", "n_heads", "head_dim"} <= info.data.keys():
+            value.check(info.data["head_dim"] or info.data["d_model"] // info.data["n_heads"])
+        return value
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    def assemble(self, *, vocab_size: int, seq_len: int) -> Decoder:
+        """The decoder with its weights not yet drawn: `initialize_parameters` or a state dict comes next."""
+        return Decoder(self, self.attention.kernel(), vocab_size=vocab_size, seq_len=seq_len)
+
+    def build(self, *, vocab_size: int, seq_len: int, seed: int) -> Decoder:
+        """The decoder with its initial weights, a pure function of this config, the sizes and the seed."""
+        decoder = self.assemble(vocab_size=vocab_size, seq_len=seq_len)
+        initialize_parameters(decoder, seed)
+        return decoder
+
+
+class Decoder(nn.Module):
+    """Token ids to logits, or to a loss a row.
+
+    The tables of the vocabulary are padded to a multiple of 128 rows inside; no logit of padding is seen.
+    """
+
+    def __init__(self, config: DecoderConfig, kernel: Kernel, *, vocab_size: int, seq_len: int) -> None:
+        super().__init__()
+        self.config, self.kernel = config, kernel
+        self.vocab_size, self.seq_len, self.n_layers = vocab_size, seq_len, config.n_layers
+        self.activation_checkpointing = False
+        """Whether the backward pass computes a block's activations again instead of keeping them."""
+
+        self.embedding = Embedding(padded(vocab_size), config.d_model)
+        self.position: Position = config.position.build(
+            d_model=config.d_model, n_heads=config.n_heads, head_dim=config.d_head, seq_len=seq_len
+        )
+        self.blocks = nn.ModuleList(Block(config, self.position, kernel) for _ in range(config.n_layers))
+        self.final_norm = build_norm(config.norm, config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else Embedding(padded(vocab_size), config.d_model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V]; with labels the sum of each row's target NLLs in nats, [B] in fp32.
+
+        `input_ids`, `labels`, `position_ids` int [B, T]. Labels are the tokens to predict at each position
+        (nothing is shifted here), -100 where none is. Positions count from 0 if not given. `cu_seqlens`
+        keeps documents apart, see Documents; without it each row is one.
+        """
+        rows, length = input_ids.shape
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)[None]
+        documents = Documents(rows, length, cu_seqlens, input_ids.device)
+        x = self.position.embed(self.embedding(input_ids), position_ids)
+        for block in self.blocks:
+            x = self._through(block, x, position_ids, documents)
+        head = self.embedding if self.head is None else self.head
+        logits = head(self.final_norm(x), as_head=True)[..., : self.vocab_size]
+        return logits if labels is None else row_losses(logits, labels)
+
+    def _through(self, block: nn.Module, x: Tensor, position_ids: Tensor, documents: Documents) -> Tensor:
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return block(x, position_ids, documents)
+        # Nothing in a block is random, so there is no generator's state to keep.
+        return checkpoint(block, x, position_ids, documents, use_reentrant=False, preserve_rng_state=False)
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Parameters, a tied head counted once and padding not at all.
+
+        Counted on a twin without memory: where ranks hold parts, the parameters here are only this rank's.
+        """
+        with torch.device("meta"):
+            twin = Decoder(self.config, self.kernel, vocab_size=self.vocab_size, seq_len=self.seq_len)
+        tables = 1 if self.config.tie_embeddings else 2
+        padding = tables * (padded(self.vocab_size) - self.vocab_size) * self.config.d_model
+        return sum(parameter.numel() for parameter in twin.parameters()) - padding
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating point operations to train a token: 6 N + 12 L d S, causal attention counted in full.
+
+        N is `parameter_count`, d the width of all query heads. Recomputation does not count.
+        """
+        config = self.config
+        return 6 * self.parameter_count + 12 * config.n_layers * config.n_heads * config.d_head * seq_len
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, position: Position, kernel: Kernel) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config.norm, config.d_model, config.norm_eps)
+        self.attention = Attention(
+            config.d_model,
+            config.n_heads,
+            config.n_kv_heads,
+            config.d_head,
+            rotate=position.rotate,
+            slopes=position.slopes,
+            kernel=kernel,
+        )
+        self.feed_forward_norm = build_norm(config.norm, config.d_model, config.norm_eps)
+        self.feed_forward = build_feed_forward(config.feed_forward, config.d_model, config.d_ff)
+
+    def forward(self, x: Tensor, position_ids: Tensor, documents: Documents) -> Tensor:
+        """[B, T, d_model] -> the same."""
+        x = x + self.attention(self.attention_norm(x), position_ids, documents)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def padded(vocab_size: int) -> int:
+    """Rows that a vocabulary's table holds."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B, T, V] and int [B, T] -> [B]: each row's NLLs summed over its targets, in fp32 or better."""
+    losses = F.cross_entropy(
+        full_precision(logits).flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(labels.shape).sum(dim=1)

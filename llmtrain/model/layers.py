@@ -1,0 +1,41 @@
+"""The two parts that hold most of the weights, Linear and Embedding, and a helper for precision.
+
+Both leave their weight undrawn: model/init.py owns every initial value.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without bias, whose weight [d_out, d_in] is not drawn twice."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: model/init.py draws the weight."""
+
+
+class Embedding(nn.Module):
+    """A table [rows, width] that maps ids to vectors, and vectors to a logit for each row.
+
+    Both directions are calls of this one module, so that a tied head needs no second owner of the weight:
+    ZeRO-3 gathers a parameter only around the calls of the module that owns it.
+    """
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
+        """ids [...] -> vectors [..., width]; as a head: vectors [..., width] -> logits [..., rows]."""
+        return F.linear(x, self.weight) if as_head else F.embedding(x, self.weight)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is when it is float64: what softmax, rotation and loss are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,175 @@
+"""How the model knows where a token stands: one part with three hooks, each an identity by default.
+
+    embed(x, position_ids)          on the embedded tokens     Learned
+    rotate(q, k, position_ids)      on queries and keys        Rope
+    slopes(device)                  on the scores              Alibi
+
+Letters: B rows, T positions, H query heads, K key/value heads, D head dim.
+Tables are plain attributes, not buffers: a cast of the model to bf16 must not touch them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from llmtrain.config import Config
+from llmtrain.model.layers import Embedding, full_precision
+
+
+class Position(nn.Module):
+    """No notion of position beyond causality (Haviv et al. 2022); the identity that the others refine."""
+
+    def embed(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, T, d_model] -> the same; `position_ids` int [B or 1, T]."""
+        return x
+
+    def rotate(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, H, T, D] and k [B, K, T, D] -> the same."""
+        return q, k
+
+    def slopes(self, device: torch.device) -> Tensor | None:
+        """[H] fp32: what each position of distance takes from a score. The same tensor at every call."""
+        return None
+
+
+class Rope(Position):
+    """Rotary positions (Su et al. 2021), Llama's half-and-half layout: dimension i turns with i + D / 2.
+
+    Pair i of position p turns by p * theta^(-2i / D). Angles and rotation are in fp32 (float64 for float64).
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def rotate(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, H, T, D] and k [B, K, T, D], each turned by its position."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        turns = self._table(q.shape[-2], q.device, dtype)[position_ids]  # [B or 1, T, D]
+        cos, sin = turns[:, None].chunk(2, dim=-1)
+        return _turn(q, cos, sin), _turn(k, cos, sin)
+
+    def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[>= length, D]: cos, then sin, of the D / 2 angles of each position. Made once, longer when needed.
+
+        On the CPU, step by step as transformers does it: other roundings differ by 1e-4 at position 2000.
+        """
+        table = self._tables.get((device, dtype))
+        if table is None or len(table) < length:
+            pairs = torch.arange(0, self.head_dim, 2, dtype=dtype, device="cpu")
+            frequencies = 1.0 / self.theta ** (pairs / self.head_dim)
+            angles = torch.arange(length, dtype=dtype, device="cpu")[:, None] * frequencies
+            table = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+            self._tables[device, dtype] = table
+        return table
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = full_precision(x).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class Alibi(Position):
+    """Attention with linear biases (Press et al. 2022): a score falls by slope * distance."""
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self._slopes: dict[torch.device, Tensor] = {}
+
+    def slopes(self, device: torch.device) -> Tensor:
+        """[H] fp32, the same tensor at every call."""
+        if device not in self._slopes:
+            slopes = alibi_slopes(self.n_heads)
+            self._slopes[device] = torch.tensor(slopes, dtype=torch.float32, device=device)
+        return self._slopes[device]
+
+
+def alibi_slopes(n_heads: int) -> list[float]:
+    """2^(-8i / n) for head i = 1..n where n is a power of two. Else the slopes of the power of two below n,
+    then every other one of the next power's, from its first: the rule of the authors' code and of BLOOM.
+    """
+    below = 2 ** math.floor(math.log2(n_heads))
+    slopes = [2 ** (-8 * i / below) for i in range(1, below + 1)]
+    return slopes + [2 ** (-4 * i / below) for i in range(1, 2 * (n_heads - below), 2)]
+
+
+class Learned(Position):
+    """A learned vector for each position below `seq_len`, added to the token's (GPT-2)."""
+
+    def __init__(self, seq_len: int, d_model: int) -> None:
+        super().__init__()
+        self.seq_len = seq_len
+        self.embedding = Embedding(seq_len, d_model)
+
+    def embed(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, T, d_model] -> the same. More than `seq_len` positions are a ValueError: there is no vector."""
+        if x.shape[1] > self.seq_len:
+            raise ValueError(
+                f"{x.shape[1]} positions, but model.position=learned has a table of seq_len={self.seq_len}"
+            )
+        return x + self.embedding(position_ids)
+
+
+class PositionConfig(Config):
+    """What `model.position` may hold; a part of one's own is a subclass, chosen by its `_target_`."""
+
+    def check(self, head_dim: int) -> None:
+        """Raises ValueError where this part cannot work with such heads. Every head will do by default."""
+
+    def build(self, *, d_model: int, n_heads: int, head_dim: int, seq_len: int) -> Position:
+        """The part, its parameters not yet drawn."""
+        raise NotImplementedError
+
+
+class RopeConfig(PositionConfig):
+    """Rotary positions."""
+
+    kind: Literal["rope"]
+    theta: PositiveFloat
+    """Base of the wavelengths, in positions: the slowest pair turns once in about 2 pi theta."""
+
+    def check(self, head_dim: int) -> None:
+        """RoPE turns pairs of dimensions."""
+        if head_dim % 2:
+            raise ValueError(f"rope turns pairs of dimensions, head_dim={head_dim} is odd: make it even")
+
+    def build(self, *, d_model: int, n_heads: int, head_dim: int, seq_len: int) -> Position:
+        """A Rope for this head dim."""
+        return Rope(head_dim, self.theta)
+
+
+class AlibiConfig(PositionConfig):
+    """Linear biases by distance."""
+
+    kind: Literal["alibi"]
+
+    def build(self, *, d_model: int, n_heads: int, head_dim: int, seq_len: int) -> Position:
+        """An Alibi for this number of heads."""
+        return Alibi(n_heads)
+
+
+class LearnedConfig(PositionConfig):
+    """A learned vector a position."""
+
+    kind: Literal["learned"]
+
+    def build(self, *, d_model: int, n_heads: int, head_dim: int, seq_len: int) -> Position:
+        """A Learned with a table of `seq_len` vectors."""
+        return Learned(seq_len, d_model)
+
+
+class NoPositionConfig(PositionConfig):
+    """Nothing but the causal mask."""
+
+    kind: Literal["none"]
+
+    def build(self, *, d_model: int, n_heads: int, head_dim: int, seq_len: int) -> Position:
+        """The identity."""
+        return Position()

@@ -1,0 +1,115 @@
+"""Hugging Face `tokenizer.json` files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tokenizers
+
+from llmtrain.config import UserError
+from llmtrain.tokenizer.base import Ids, TokenizerConfig, fingerprint, refuse_control_text
+
+FILE = "tokenizer.json"
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_COMMON = {
+    "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>"),
+    "eos_token": ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>"),
+}
+_DETERMINES_IDS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`: its own ids for text, and none that a template or special-token text would add."""
+
+    def __init__(self, files: dict[str, bytes], path: Path) -> None:
+        self._files = files
+        document = _parse(files[FILE], path)
+        names = {key: _special_name(files, key, document) for key in _COMMON}
+        _mark_special(document, {name for name in names.values() if name})
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # "</s>" in a document is four characters, not an end
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1  # ids may have holes
+        self.bos_id: int | None = vocabulary.get(names["bos_token"] or "")
+        self.eos_id: int | None = vocabulary.get(names["eos_token"] or "")
+        content = json.dumps({key: document.get(key) for key in _DETERMINES_IDS}, sort_keys=True)
+        self.fingerprint: str = fingerprint(content.encode(), f"{self.bos_id} {self.eos_id}".encode())
+        specials = [(t["content"], t["id"]) for t in document.get("added_tokens", []) if t["special"]]
+        refuse_control_text(self, specials, path)
+
+    @classmethod
+    def from_path(cls, path: Path) -> HuggingFaceTokenizer:
+        """Read a `tokenizer.json`, or a directory with one, and the files beside it that name bos and eos."""
+        file = path / FILE if path.is_dir() else path
+        try:
+            files = {FILE: file.read_bytes()}
+        except OSError as error:
+            raise UserError(f"tokenizer.path={path} cannot be read: {file}: {error.strerror}") from error
+        for name in _SIDE_FILES:
+            if (file.parent / name).is_file():
+                files[name] = (file.parent / name).read_bytes()
+        return cls(files, file)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """See Tokenizer."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, directory: Path) -> None:
+        """See Tokenizer."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (directory / name).write_bytes(content)
+
+
+class HuggingFaceConfig(TokenizerConfig):
+    """A Hugging Face tokenizer from disk."""
+
+    kind: Literal["huggingface"]
+    path: Path
+    """A `tokenizer.json`, or a directory that holds one."""
+
+    def load(self) -> HuggingFaceTokenizer:
+        """The tokenizer, ready for use."""
+        return HuggingFaceTokenizer.from_path(self.path.expanduser())
+
+
+def _parse(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} holds a {type(parsed).__name__}, not an object")
+    return parsed
+
+
+def _special_name(files: dict[str, bytes], key: str, document: dict[str, Any]) -> str | None:
+    """Text of the bos or eos token: as a side file says, else a common name among the added tokens."""
+    for name in _SIDE_FILES:
+        side = _parse(files[name], Path(name)) if name in files else {}
+        if key in side:
+            value = side[key]
+            return value["content"] if isinstance(value, dict) else value
+    added = {token["content"] for token in document.get("added_tokens", [])}
+    return next((common for common in _COMMON[key] if common in added), None)
+
+
+def _mark_special(document: dict[str, Any], names: set[str]) -> None:
+    """Mark bos and eos as special, whatever the file says: only special tokens can be switched off."""
+    for token in document.get("added_tokens", []):
+        if token["content"] in names:
+            token["special"] = True

@@ -1,0 +1,21 @@
+"""Reading back what a tokenizer saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmtrain.config import UserError
+from llmtrain.tokenizer import huggingface, raw_bytes, sentencepiece
+from llmtrain.tokenizer.base import Tokenizer
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer whose `save` wrote into this directory; UserError where there is none."""
+    if (directory / sentencepiece.FILE).is_file():
+        return sentencepiece.SentencePieceTokenizer.from_file(directory / sentencepiece.FILE)
+    if (directory / huggingface.FILE).is_file():
+        return huggingface.HuggingFaceTokenizer.from_path(directory)
+    if (directory / raw_bytes.FILE).is_file():
+        return raw_bytes.BytesTokenizer()
+    names = ", ".join((sentencepiece.FILE, huggingface.FILE, raw_bytes.FILE))
+    raise UserError(f"no tokenizer in {directory}: it holds none of {names}")

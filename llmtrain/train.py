@@ -1,0 +1,44 @@
+"""Train a decoder on a mixture of sources; goes on from the newest checkpoint if there is one."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from llmtrain.config.hydra import hydra_door
+
+if TYPE_CHECKING:
+    from llmtrain.training.config import TrainConfig
+
+
+def train(config: TrainConfig) -> int:
+    """Build every part in the order data flows, resume if there is a checkpoint, run the loop."""
+    from llmtrain import distributed
+    from llmtrain.data.prepare import prepare
+    from llmtrain.training.build import build_run, check_batch, open_run
+    from llmtrain.training.trainer import finish, fit, resume
+
+    world = distributed.World.from_environment()
+    check_batch(config, world)
+    directory = open_run(config, world)
+    if directory is None:
+        return 0
+    prepared = prepare(config.data, config.tokenizer, config.cache_dir)
+    distributed.initialize(world)
+    run = build_run(config, world, directory, prepared)
+    resume(run)
+    fit(run)
+    code = finish(run)
+    distributed.finalize()
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The door of `llmtrain train`, `python -m llmtrain.train` and `deepspeed --module llmtrain.train`."""
+    from llmtrain.training.config import TrainConfig
+
+    return hydra_door(TrainConfig, train, __doc__ or "", sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

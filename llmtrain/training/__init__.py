@@ -1,0 +1,1 @@
+"""The run: engine, loop, checkpoints, callbacks, loggers and report."""

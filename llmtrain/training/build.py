@@ -1,0 +1,211 @@
+"""From a config to the parts of a run, in the order data flows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain import distributed
+from llmtrain.config import UserError
+from llmtrain.data.config import DataConfig
+from llmtrain.data.dataset import PackedDataset
+from llmtrain.data.mixture import Weight, weights_from_epochs
+from llmtrain.data.prepare import Prepared
+from llmtrain.data.shards import ShardedSource
+from llmtrain.distributed import World
+from llmtrain.optim.schedules import Schedule
+from llmtrain.tokenizer import Tokenizer
+from llmtrain.training.callbacks import Callback
+from llmtrain.training.callbacks.evaluation import EvaluationCallback
+from llmtrain.training.callbacks.samples import SampleCallback
+from llmtrain.training.checkpoint import check_record, checkpoints, find_checkpoint, read_record
+from llmtrain.training.config import TrainConfig
+from llmtrain.training.engine.config import ResolvedPrecision
+from llmtrain.training.engine.engine import Engine, build_engine
+from llmtrain.training.loggers import Logger
+from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The parts of a run, as the loop and the callbacks see them."""
+
+    config: TrainConfig
+    world: World
+    directory: RunDirectory
+    tokenizer: Tokenizer
+    train_sources: dict[str, ShardedSource]
+    held_out: dict[str, ShardedSource]
+    dataset: PackedDataset
+    precision: ResolvedPrecision
+    engine: Engine
+    schedule: Schedule
+    callbacks: Sequence[Callback]
+    loggers: Sequence[Logger]
+    checkpoint: Path | None
+    """What the run goes on from."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    step: int = 0
+    skipped: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.config.max_steps
+
+
+def check_batch(config: TrainConfig, world: World) -> None:
+    """UserError where the global batch does not divide into ranks and micro-batches."""
+    unit = world.world_size * config.micro_batch_size
+    if config.global_batch_size % unit:
+        raise UserError(
+            f"global_batch_size={config.global_batch_size} is not a multiple of ranks x micro_batch_size = "
+            f"{world.world_size} x {config.micro_batch_size}; change one of the three"
+        )
+
+
+def open_run(config: TrainConfig, world: World) -> RunDirectory | None:
+    """This run's directory, locked by rank 0; None where the run has finished already."""
+    directory = RunDirectory(config.output_dir)
+    if not world.is_main:
+        return None if _is_done(config, directory) else directory
+    directory.lock()
+    if config.resume == "never":
+        directory.set_aside()
+    if _is_done(config, directory):
+        logger.info(
+            "%s: already trained to step %d; report: %s. Raise max_steps to go on, or start anew with "
+            "resume=never or name=<another>",
+            directory.path,
+            checkpoints(directory.checkpoints)[-1][0],
+            directory.report,
+        )
+        return None
+    directory.clear_done()
+    directory.cut_unterminated()
+    return directory
+
+
+def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepared: Prepared) -> Run:
+    """Every part of the run; collective, after the process group has started.
+
+    A checkpoint to go on from is compared with the config before anything large is built.
+    """
+    tokenizer = prepared.tokenizer
+    train_sources, held_out = open_sources(prepared)
+    dataset = build_dataset(config, train_sources)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = config.deepspeed.resolve_precision(config.precision, device, distributed.fast_bf16_cpu())
+    checkpoint = distributed.broadcast_object(find_checkpoint(config.resume, directory.checkpoints))
+    if checkpoint is not None:
+        saved = read_record(checkpoint)
+        check_record(checkpoint, saved, describe_run(config, world, tokenizer, precision))
+        dataset = dataset.resume(saved["data"])
+    engine = build_model_engine(config, world, tokenizer.vocab_size, len(dataset.names), precision)
+    if world.is_main:
+        tokenizer.save(directory.path / "tokenizer")
+    logger.info(
+        "%d parameters, %d ranks on %s, precision %s, ZeRO stage %d",
+        engine.model.parameter_count,
+        world.world_size,
+        device,
+        precision,
+        config.deepspeed.stage,
+    )
+    return Run(
+        config=config,
+        world=world,
+        directory=directory,
+        tokenizer=tokenizer,
+        train_sources=train_sources,
+        held_out=held_out,
+        dataset=dataset,
+        precision=precision,
+        engine=engine,
+        checkpoint=checkpoint,
+        schedule=config.scheduler.build(config.max_steps),
+        callbacks=[EvaluationCallback(config.callbacks.evaluation), SampleCallback(config.callbacks.sample)],
+        loggers=config.logger.build(directory, config) if world.is_main else [],
+    )
+
+
+def open_sources(prepared: Prepared) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
+    """The training text of every source, and the held-out text of those that have some."""
+    train_sources = {name: ShardedSource.open(source.train) for name, source in prepared.sources.items()}
+    held_out = {
+        name: ShardedSource.open(source.validation)
+        for name, source in prepared.sources.items()
+        if source.validation is not None
+    }
+    return train_sources, held_out
+
+
+def describe_run(
+    config: TrainConfig, world: World, tokenizer: Tokenizer, precision: ResolvedPrecision
+) -> dict[str, Any]:
+    """What a checkpoint is bound to, beside the state of the data."""
+    return {
+        "world_size": world.world_size,
+        "stage": config.deepspeed.stage,
+        "precision": precision,
+        "tokenizer": tokenizer.fingerprint,
+        "model": config.model.model_dump(mode="json"),
+    }
+
+
+def build_dataset(config: TrainConfig, sources: dict[str, ShardedSource]) -> PackedDataset:
+    """The packed rows of every step, from prepared sources."""
+    return PackedDataset(
+        sources,
+        [(0, mixture_weights(config.data, sources))],
+        seq_len=config.seq_len,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        documents=config.data.documents,
+        shuffle_span=config.data.shuffle_span,
+    )
+
+
+def mixture_weights(data: DataConfig, sources: dict[str, ShardedSource]) -> dict[str, Weight]:
+    """The weight of each source, as given or from its epochs."""
+    epochs = {name: source.epochs for name, source in data.sources.items() if source.epochs is not None}
+    if epochs:
+        return weights_from_epochs(epochs, {name: sources[name].tokens for name in epochs})
+    return {name: source.weight for name, source in data.sources.items() if source.weight is not None}
+
+
+def build_model_engine(
+    config: TrainConfig, world: World, vocab_size: int, sources: int, precision: ResolvedPrecision
+) -> Engine:
+    """The decoder with its initial weights under DeepSpeed."""
+    from llmtrain.model.init import initialize_parameters
+
+    def construct() -> torch.nn.Module:
+        decoder = config.model.assemble(vocab_size=vocab_size, seq_len=config.seq_len)
+        decoder.activation_checkpointing = config.activation_checkpointing
+        return decoder
+
+    return build_engine(
+        construct=construct,
+        initialize=lambda model, gather: initialize_parameters(model, config.seed, gather),
+        config=config.deepspeed,
+        optimizer=config.optimizer,
+        precision=precision,
+        world=world,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        sources=sources,
+    )
+
+
+def _is_done(config: TrainConfig, directory: RunDirectory) -> bool:
+    found = checkpoints(directory.checkpoints)
+    return directory.done.exists() and config.resume == "auto" and bool(found) and found[-1][0] >= config.max_steps

@@ -1,0 +1,5 @@
+"""What happens beside the training: evaluation, samples, checkpoints; one behaviour a file."""
+
+from llmtrain.training.callbacks.base import Callback, Engine, Run
+
+__all__ = ["Callback", "Engine", "Run"]

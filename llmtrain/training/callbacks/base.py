@@ -1,0 +1,69 @@
+"""What a callback is, and what it sees of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from llmtrain.data.batch import Batch
+from llmtrain.data.dataset import PackedDataset
+from llmtrain.data.shards import ShardedSource
+from llmtrain.distributed import World
+from llmtrain.tokenizer import Tokenizer
+from llmtrain.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from llmtrain.training.config import TrainConfig
+
+
+class Engine(Protocol):
+    """The model as callbacks use it; both are collective, so every rank makes the same number of calls."""
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The sum of each row's target losses in nats, [rows], without gradient."""
+        ...
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids [1, T] -> logits [1, T, vocab_size], without gradient."""
+        ...
+
+
+class Run(Protocol):
+    """The parts of a run that a callback may look at."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+    @property
+    def world(self) -> World: ...
+    @property
+    def directory(self) -> RunDirectory: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def held_out(self) -> Mapping[str, ShardedSource]: ...
+    @property
+    def train_sources(self) -> Mapping[str, ShardedSource]: ...
+    @property
+    def dataset(self) -> PackedDataset: ...
+    @property
+    def step(self) -> int: ...
+
+
+class Callback(Protocol):
+    """Something optional that happens beside the training; every rank runs it."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step of this process."""
+        ...
+
+    def after_step(self, run: Run, step: int, line: dict[str, Any]) -> None:
+        """After every optimizer step; keys put into `line` go into the step's line of metrics.jsonl."""
+        ...
+
+    def on_end(self, run: Run) -> None:
+        """After the last step of this process, whether the run is complete or was asked to stop."""
+        ...

@@ -1,0 +1,81 @@
+"""Held-out loss at intervals, and the baselines beside it after the last step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from llmtrain.config import Config
+from llmtrain.training.evaluation import Baselines, evaluate_model
+
+if TYPE_CHECKING:
+    from llmtrain.training.callbacks.base import Run
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluationConfig(Config):
+    """When held-out text is evaluated, and how much of it."""
+
+    every: Annotated[int, Field(ge=0)]
+    documents: Annotated[int, Field(gt=0)] | None
+
+
+class EvaluationCallback:
+    """Puts eval/* into the step's line and writes eval/heldout.json, every `every` steps and at the last.
+
+    Without held-out documents it does nothing.
+    """
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self._config = config
+
+    def on_start(self, run: Run) -> None:
+        if not run.held_out and run.world.is_main:
+            logger.info("no held-out documents (data.validation_fraction=0): nothing will be evaluated")
+
+    def after_step(self, run: Run, step: int, line: dict[str, Any]) -> None:
+        last = step >= run.config.max_steps
+        if not run.held_out or not (last or (self._config.every and step % self._config.every == 0)):
+            return
+        began = time.perf_counter()
+        results = evaluate_model(
+            run.engine.loss,
+            run.held_out,
+            seq_len=run.config.seq_len,
+            rows=run.config.micro_batch_size,
+            documents=run.config.data.documents,
+            documents_limit=self._config.documents,
+            world=run.world,
+            baselines=self._baselines(run, step) if last else None,
+        )
+        line.update(as_metrics(results))
+        if run.world.is_main:
+            run.directory.write_json("eval/heldout.json", {"step": step, **results})
+            seconds = round(time.perf_counter() - began, 3)
+            bits = results["all"]["bits_per_byte"]
+            run.directory.append_event("evaluation", step=step, bits_per_byte=bits, seconds=seconds)
+
+    def on_end(self, run: Run) -> None:
+        pass
+
+    def _baselines(self, run: Run, step: int) -> Baselines:
+        ledger = run.dataset.ledger(step)
+        weights = {name: ledger[name]["weight"] for name in run.train_sources if name in ledger}
+        return Baselines(run.train_sources, weights, run.tokenizer.vocab_size, run.config.seed)
+
+
+def as_metrics(results: dict[str, Any]) -> dict[str, float | None]:
+    """The keys of a metrics line for what `evaluate_model` returned; baselines only where computed."""
+    whole = results["all"]
+    line = {"eval/loss": whole["loss"], "eval/bits_per_byte": whole["bits_per_byte"]}
+    for key in ("unigram_bits_per_byte", "shuffled_bits_per_byte"):
+        if whole[key] is not None:
+            line[f"eval/{key}"] = whole[key]
+    for name, scores in results["sources"].items():
+        line[f"eval/loss/{name}"] = scores["loss"]
+        line[f"eval/bits_per_byte/{name}"] = scores["bits_per_byte"]
+    return line

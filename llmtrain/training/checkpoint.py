@@ -1,0 +1,191 @@
+"""Checkpoints: `<run>/checkpoints/step_00000100/`, complete or invisible.
+
+    engine/           DeepSpeed's files, each rank its part
+    rank_00000.pt     that rank's random number states
+    checkpoint.json   step, ranks, stage, precision, fingerprints, the state of the data
+
+Everything is written to `.tmp-*`, fsynced by the rank that wrote it, and renamed when every rank is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from llmtrain import distributed
+from llmtrain.config import Config, UserError
+from llmtrain.distributed import World
+from llmtrain.training.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointConfig(Config):
+    """When to save, and how many to keep."""
+
+    every: Annotated[int, Field(gt=0)]
+    keep: Annotated[int, Field(gt=0)]
+
+
+def checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the complete checkpoints below `directory`, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [(NAME.fullmatch(path.name), path) for path in directory.iterdir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """What checkpoint.json says; UserError where the directory is not a checkpoint."""
+    try:
+        return json.loads((checkpoint / "checkpoint.json").read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{checkpoint}: not a checkpoint (no checkpoint.json in it)") from error
+
+
+def find_checkpoint(resume: str, directory: Path) -> Path | None:
+    """The checkpoint that `resume` means: the newest in `directory` for `auto`, none for `never`, or a path.
+
+    A path may be a checkpoint or a run directory, which stands for its newest checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        found = checkpoints(directory)
+        return found[-1][1] if found else None
+    path = Path(resume)
+    if (path / "checkpoint.json").is_file():
+        return path
+    found = checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(
+            f"resume={resume}: neither a checkpoint nor a run directory with one; "
+            "use resume=auto, resume=never or a path like runs/name/checkpoints/step_00000100"
+        )
+    return found[-1][1]
+
+
+def check_record(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """UserError naming what differs between the checkpoint and the run that would go on from it.
+
+    The data engine compares its own state. Weights are tied to the tokenizer and the model; the files of
+    DeepSpeed to ranks, stage and precision.
+    """
+    for key in ("tokenizer", "world_size", "stage", "precision"):
+        if saved[key] != current[key]:
+            raise UserError(_differs(checkpoint, NAMES[key], saved[key], current[key]))
+    for key in {**saved["model"], **current["model"]}:
+        before, now = saved["model"].get(key), current["model"].get(key)
+        if before != now and key != "attention":  # every attention backend computes the same function
+            raise UserError(_differs(checkpoint, f"model.{key}", before, now))
+
+
+NAMES = {
+    "tokenizer": "the tokenizer's fingerprint",
+    "world_size": "the number of ranks",
+    "stage": "deepspeed.zero_optimization.stage",
+    "precision": "precision",
+}
+
+
+def _differs(checkpoint: Path, name: str, saved: Any, current: Any) -> str:
+    return (
+        f"{name}={current}: {checkpoint} was written with {saved}; "
+        f"go on with {saved}, or start anew with resume=never or another output_dir"
+    )
+
+
+def save_checkpoint(
+    directory: Path, engine: Engine, world: World, record: dict[str, Any], keep: int
+) -> Path:
+    """Write the state after step `record["step"]` as a new checkpoint and drop all but the newest `keep`.
+
+    Collective. A checkpoint of that step that stands already is replaced only by the finished new one.
+    """
+    step = record["step"]
+    final = directory / f"step_{step:08d}"
+    temporary = directory / f".tmp-step_{step:08d}"
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    distributed.barrier()
+    engine.save(temporary)
+    torch.save(_random_states(), temporary / f"rank_{world.rank:05d}.pt")
+    distributed.barrier()
+    if world.is_main:
+        (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2))
+    _fsync_tree(temporary)
+    distributed.barrier()
+    if world.is_main:
+        _publish(temporary, final)
+        for _, path in checkpoints(directory)[:-keep]:
+            _remove(path)
+    distributed.barrier()
+    return final
+
+
+def load_checkpoint(checkpoint: Path, engine: Engine, world: World) -> None:
+    """Put the engine and this rank's random number generators into the state that `checkpoint` holds.
+
+    Collective. The caller has compared the record with the run.
+    """
+    engine.load(checkpoint)
+    _set_random_states(torch.load(checkpoint / f"rank_{world.rank:05d}.pt", weights_only=True))
+
+
+def sweep(directory: Path) -> None:
+    """Remove what an interrupted save or removal left behind."""
+    for pattern in (".tmp-*", ".trash-*"):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    if final.exists():
+        _remove(final)
+    temporary.rename(final)
+    _fsync(final.parent)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first, so that a checkpoint is never seen with half of its files."""
+    trash = checkpoint.with_name(f".trash-{checkpoint.name}")
+    checkpoint.rename(trash)
+    shutil.rmtree(trash)
+
+
+def _fsync_tree(directory: Path) -> None:
+    """Every rank calls it: on a node's own page cache only the node that wrote a file can flush it."""
+    for path in [directory, *directory.rglob("*")]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

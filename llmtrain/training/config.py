@@ -1,0 +1,76 @@
+"""The root of the configuration: every key of a run, typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from llmtrain.config import Config, choice
+from llmtrain.data.config import DataConfig
+from llmtrain.model import DecoderConfig
+from llmtrain.optim.adamw import AdamWConfig, OptimizerConfig
+from llmtrain.optim.schedules import (
+    ConstantConfig,
+    CosineConfig,
+    LinearConfig,
+    SchedulerConfig,
+    WsdConfig,
+)
+from llmtrain.tokenizer import BytesConfig, HuggingFaceConfig, SentencePieceConfig, TokenizerConfig
+from llmtrain.training.callbacks.evaluation import EvaluationConfig
+from llmtrain.training.callbacks.samples import SampleConfig
+from llmtrain.training.checkpoint import CheckpointConfig
+from llmtrain.training.engine.config import DeepSpeedConfig, Precision
+from llmtrain.training.loggers import LoggerConfig
+
+Count = Annotated[int, Field(gt=0)]
+
+
+class CallbacksConfig(Config):
+    """What happens beside the training itself."""
+
+    evaluation: EvaluationConfig
+    sample: SampleConfig
+
+
+class TrainConfig(Config):
+    """One training run. conf/ says what each key means and sets its default."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0)]
+    seq_len: Count
+    max_steps: Count
+    global_batch_size: Count
+    micro_batch_size: Count
+    precision: Precision
+    activation_checkpointing: bool
+    output_dir: Path
+    cache_dir: Path
+    resume: str
+    log_every: Count
+    model: DecoderConfig
+    tokenizer: choice(TokenizerConfig, SentencePieceConfig, HuggingFaceConfig, BytesConfig)  # type: ignore[valid-type]
+    data: DataConfig
+    optimizer: choice(OptimizerConfig, AdamWConfig)  # type: ignore[valid-type]
+    scheduler: choice(SchedulerConfig, CosineConfig, LinearConfig, ConstantConfig, WsdConfig)  # type: ignore[valid-type]
+    deepspeed: DeepSpeedConfig
+    checkpoint: CheckpointConfig
+    callbacks: CallbacksConfig
+    logger: LoggerConfig
+
+    @model_validator(mode="after")
+    def _runs_right(self) -> Self:
+        """Refuse what DeepSpeed 0.19.8 computes wrongly."""
+        if self.deepspeed.stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "precision=bf16 with deepspeed=zero0: DeepSpeed takes a spurious first optimizer step there and "
+                "the losses are wrong; use precision=bf16_autocast, or deepspeed=zero1"
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""DeepSpeed behind one door: its configuration, the training step, and its checkpoint files."""

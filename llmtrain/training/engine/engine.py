@@ -1,0 +1,193 @@
+"""The training step under DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain import distributed
+from llmtrain.data.batch import IGNORED, Batch
+from llmtrain.distributed import World
+from llmtrain.optim.adamw import OptimizerConfig
+from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
+from llmtrain.training.engine.weights import allow_state_classes
+
+logger = logging.getLogger(__name__)
+
+Gather = Callable[[torch.nn.Parameter], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step was.
+
+    source_losses, source_targets: fp64 [sources], sums of target losses and trained targets on all ranks.
+    grad_norm: global L2 norm before clipping; infinite where a gradient was not finite.
+    applied: False where the step was left out because of that.
+    stop: whether any rank asked to stop.
+    """
+
+    source_losses: torch.Tensor
+    source_targets: torch.Tensor
+    grad_norm: float
+    applied: bool
+    stop: bool
+
+
+def build_engine(
+    *,
+    construct: Callable[[], torch.nn.Module],
+    initialize: Callable[[torch.nn.Module, Gather], None],
+    config: DeepSpeedConfig,
+    optimizer: OptimizerConfig,
+    precision: ResolvedPrecision,
+    world: World,
+    global_batch_size: int,
+    micro_batch_size: int,
+    sources: int,
+) -> Engine:
+    """Construct the model, partitioned from the start under ZeRO-3, initialise it, and start DeepSpeed.
+
+    `initialize(model, gather)` writes each parameter inside `gather(parameter)`.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero import GatheredParameters
+
+    settings = config.settings(
+        micro_batch_size=micro_batch_size,
+        accumulation=global_batch_size // (world.world_size * micro_batch_size),
+        clipping=optimizer.gradient_clipping,
+        precision=precision,
+    )
+    partitioned = config.stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else nullcontext():
+        model = construct()
+    if partitioned:
+        initialize(model, lambda parameter: GatheredParameters(parameter, modifier_rank=0))
+    else:
+        initialize(model, nullcontext)
+    groups = optimizer.parameter_groups(
+        model.named_parameters(), lambda parameter: len(getattr(parameter, "ds_shape", parameter.shape))
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer.build(groups), config=settings)
+    return Engine(engine, world, config.stage, optimizer.gradient_clipping, micro_batch_size, sources)
+
+
+class Engine:
+    """A model under DeepSpeed. Every method is collective: all ranks call it in the same order."""
+
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        world: World,
+        stage: int,
+        clipping: float,
+        micro_batch_size: int,
+        sources: int,
+    ) -> None:
+        self.deepspeed = deepspeed_engine
+        self._ranks = world.world_size
+        self.device = torch.device(deepspeed_engine.device)
+        self._stage = stage
+        self._clipping = clipping
+        self._micro_batch_size = micro_batch_size
+        self._sources = sources
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a rank computes for one optimizer step."""
+        return self.deepspeed.gradient_accumulation_steps()
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module inside; under ZeRO-3 its parameters are partitioned."""
+        return self.deepspeed.module
+
+    def train_step(self, batch: Batch, lr: float, stop: bool = False) -> StepResult:
+        """One optimizer step over this rank's rows of a global batch.
+
+        The loss is the mean over the trained targets of the whole global batch, so neither ranks nor micro
+        batches change it. `stop` tells the other ranks that this one wants to end after the step.
+        """
+        self.deepspeed.train()
+        parts = [part.to(self.device, non_blocking=True) for part in batch.split(self._micro_batch_size)]
+        targets = torch.cat([(part.labels != IGNORED).sum(dim=1) for part in parts])
+        total = distributed.all_reduce_sum(
+            torch.stack([targets.sum(), torch.tensor(int(stop), device=self.device)])
+        )
+        # DeepSpeed averages gradients over ranks; the mean over targets is ours.
+        scale = self._ranks / total[0].clamp(min=1)
+        losses = []
+        for part in parts:
+            rows = self._forward(part)
+            self.deepspeed.backward(rows.sum() * scale, scale_wrt_gas=False)
+            losses.append(rows.detach())
+            if self.deepspeed.is_gradient_accumulation_boundary():
+                grad_norm, applied = self._update(lr)
+            else:
+                self.deepspeed.step()
+        sums = self._sum_by_source(torch.cat(losses), targets, torch.cat([part.source_ids for part in parts]))
+        return StepResult(sums[0], sums[1], grad_norm, applied, bool(total[1] > 0))
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Sum of the target losses of each row [rows], without gradient and without any change of state."""
+        self.deepspeed.eval()
+        return self._forward(batch.to(self.device))
+
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, T, V] of ids [rows, T]."""
+        self.deepspeed.eval()
+        return self.deepspeed(input_ids.to(self.device))
+
+    def save(self, directory: Path) -> None:
+        """Write every rank's part of the engine's state below `directory`."""
+        self.deepspeed.save_checkpoint(str(directory), tag="engine", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Read back what `save` wrote, with the same number of ranks and the same stage; runs no pickled code."""
+        with allow_state_classes():
+            path, _ = self.deepspeed.load_checkpoint(str(directory), tag="engine")
+        assert path is not None, f"{directory} holds no engine state"
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds; the engine is of no use afterwards."""
+        self.deepspeed.destroy()
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        return self.deepspeed(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)
+
+    def _update(self, lr: float) -> tuple[float, bool]:
+        """Clip and step; returns the gradient norm and whether the step was applied."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        if self._stage > 0:
+            self.deepspeed.step()
+            return float(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied()
+        # The raw torch optimizer of stage 0 has no guard: a single NaN would stay in the weights for ever.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # float64, because torch's fp32 norm of a large CPU tensor is off in the fourth digit.
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            self.model.zero_grad(set_to_none=True)  # the optimizer passes over parameters without gradient
+        elif self._clipping:
+            torch._foreach_mul_(gradients, (self._clipping / (norm + 1e-6)).clamp(max=1).float())
+        self.deepspeed.step()
+        return float(norm), applied
+
+    def _sum_by_source(
+        self, losses: torch.Tensor, targets: torch.Tensor, source_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """[2, sources]: losses and targets summed over this step's rows on all ranks."""
+        sums = torch.zeros(2, self._sources, dtype=torch.float64, device=self.device)
+        sums.index_add_(1, source_ids.long(), torch.stack([losses.double(), targets.double()]))
+        return distributed.all_reduce_sum(sums)

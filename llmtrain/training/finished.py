@@ -1,0 +1,75 @@
+"""A run directory opened for reading: its config, its tokenizer, its weights on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from llmtrain.config import UserError
+from llmtrain.data.batch import Batch
+from llmtrain.model import Decoder
+from llmtrain.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.training.checkpoint import checkpoints, read_record
+from llmtrain.training.config import TrainConfig
+from llmtrain.training.engine.weights import consolidated_weights
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run with the weights of one of its checkpoints, in fp32 on one device."""
+
+    path: Path
+    step: int
+    config: TrainConfig
+    tokenizer: Tokenizer
+    model: Decoder
+
+
+class LocalModel:
+    """The engine's two reading methods over a plain module in one process."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Sum of the target losses of each row [rows]."""
+        batch = batch.to(self.device)
+        return self.model(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)
+
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, T, V] of ids [rows, T]."""
+        return self.model(input_ids.to(self.device))
+
+
+def open_finished(path: Path, step: int | None = None) -> FinishedRun:
+    """Open a run at its newest checkpoint, or at the one of `step`.
+
+    Works for a running run too, whatever ZeRO stage and number of ranks wrote it.
+    """
+    config = read_config(path)
+    found = dict(checkpoints(path / "checkpoints"))
+    if not found:
+        raise UserError(f"{path}: no checkpoint in it yet")
+    step = max(found) if step is None else step
+    if step not in found:
+        raise UserError(f"{path}: no checkpoint of step {step}; there are {', '.join(map(str, found))}")
+    record = read_record(found[step])
+    tokenizer = load_tokenizer(path / "tokenizer")
+    model = config.model.assemble(vocab_size=tokenizer.vocab_size, seq_len=config.seq_len)
+    model.load_state_dict(consolidated_weights(found[step], record["stage"]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return FinishedRun(path, step, config, tokenizer, model.to(device))
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The typed config of the run in `path`."""
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{path}: not a run directory (no config.yaml in it)")
+    return TrainConfig.model_validate(yaml.safe_load(file.read_text()))

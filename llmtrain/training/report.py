@@ -1,0 +1,418 @@
+"""report.html: what a run was and what came of it, from the files of its directory alone."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from llmtrain.training.loggers import short
+from llmtrain.training.report_page import Chart, Trace, page, table
+from llmtrain.training.run_directory import RunDirectory, write_atomically
+
+MOST_POINTS = 2000
+"""Points of a curve; a longer one is drawn as means of buckets, so that the page stays small."""
+
+MOST_EVENTS = 200
+FIRST_EVENTS = 20
+"""Of more events than MOST_EVENTS, the first few and the newest are shown."""
+
+MOST_SAMPLES = 12
+MOST_MARKS = 12
+PALETTE = 8
+"""Colours that the page has for sources, c0 to c7; sources beyond that begin anew."""
+
+BASELINES = {
+    "model": "bits_per_byte",
+    "token unigram": "unigram_bits_per_byte",
+    "context shuffled": "shuffled_bits_per_byte",
+}
+
+Line = Mapping[str, Any]
+
+
+def write_report(run: Path) -> Path:
+    """Write report.html into a run directory, atomically, and return its path.
+
+    Works at any time: for a run without a single logged step, for one that goes on, and for a resumed one,
+    where the last line of a step is the one that counts.
+    """
+    directory = RunDirectory(run)
+    return write_atomically(directory.report, _Report(directory).html())
+
+
+class _Report:
+    """The files of a run, and the sections of its page as HTML."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+        self.config = directory.read_config() if directory.config.exists() else {}
+        self.lines = by_step(directory.read_metrics())
+        self.events = directory.read_events()
+        self.data: Mapping[str, Any] = directory.read_json("data.json") or {}
+        self.heldout: Mapping[str, Any] = directory.read_json("eval/heldout.json") or {}
+        self.name = str(self.config.get("name") or directory.name)
+        self.sources = self._source_names()
+        self.charts: list[Chart] = []
+
+    def html(self) -> str:
+        body = [
+            self._header(),
+            self._curves(),
+            self._mixture(),
+            self._held_out(),
+            self._samples(),
+            self._events(),
+            self._config(),
+        ]
+        return page(f"{self.name} · llmtrain", "\n".join(body), self.charts)
+
+    def _header(self) -> str:
+        ended = (
+            bool(self.events) and self.events[-1].get("event") == "end"
+        )  # DONE is written after the report
+        kind, state = ("good", "complete") if ended else ("warn", "not finished")
+        tiles = "".join(
+            f"<div class=tile><dt>{escape(name)}</dt>"
+            f"<dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
+            for name, value, note in self._tiles()
+        )
+        return (
+            f"<header><div class=headline><h1>{escape(self.name)}</h1>"
+            f'<span class="chip {kind}">{state}</span></div>'
+            f"<p class=soft>{escape(self._summary())}</p><dl class=tiles>{tiles}</dl></header>"
+        )
+
+    def _tiles(self) -> list[tuple[str, str, str]]:
+        """(name, value, note) of the numbers one looks for first."""
+        last = self.lines[-1] if self.lines else {}
+        rows, length = self.config.get("global_batch_size"), self.config.get("seq_len")
+        batch = f"{rows} rows of {length} a step" if rows and length else ""
+        speeds = [line["perf/tokens_per_second"] for line in self.lines if line.get("perf/tokens_per_second")]
+        bits, unigram = self._newest("bits_per_byte"), self._newest("unigram_bits_per_byte")
+        gain = f"bits per byte, {_change(bits, unigram)} against unigram" if unigram else "bits per byte"
+        return [
+            ("Steps", _steps(last.get("step", 0), self.config.get("max_steps")), ""),
+            ("Tokens trained", _number(last.get("train/tokens"), short), batch),
+            (
+                "Training time",
+                _number(training_seconds(self.lines) or None, span),
+                "in the steps that count",
+            ),
+            ("Training loss", _number(last.get("train/loss"), "{:.4f}".format), "nats per token, last step"),
+            ("Held-out text", _number(bits, "{:.4f}".format), gain),
+            ("Throughput", _number(median(speeds) if speeds else None, short), "tokens per second, median"),
+        ]
+
+    def _newest(self, key: str) -> float | None:
+        """A held-out number over all sources: that of the last evaluation."""
+        found = (line[f"eval/{key}"] for line in reversed(self.lines) if f"eval/{key}" in line)
+        return (self.heldout.get("all") or {}).get(key) or next(found, None)
+
+    def _summary(self) -> str:
+        """The model in one line, with what the newest start has to say about the machines."""
+        starts = [event for event in self.events if event.get("event") in ("start", "resume")]
+        start = starts[-1] if starts else {}
+        parts = describe_model(self.config.get("model") or {})
+        if "parameters" in start:
+            parts.insert(0, f"{short(start['parameters'])} parameters")
+        if ranks := start.get("ranks"):
+            parts.append(f"{ranks} rank{'s' if ranks > 1 else ''} on {start.get('device', 'cpu')}")
+        precision = start.get("precision", self.config.get("precision"))
+        return " · ".join([*parts, precision] if precision else parts)
+
+    def _curves(self) -> str:
+        if not self.lines:
+            return "<h2>Curves</h2><p class=soft>No step has been logged yet.</p>"
+        losses, speed = self._by_source("train/loss"), self._curve("perf/tokens_per_second")
+        charts = [
+            Chart("Training loss", "nats per token", losses, wide=True, log=True, marks=self._marks()),
+            Chart("Held-out loss", "bits per byte", self._by_source("eval/bits_per_byte", dots=True)),
+            Chart("Throughput", "tokens per second", speed, zero=True),
+            Chart("Learning rate", "as applied", self._curve("train/lr"), zero=True),
+            Chart("Gradient norm", "before clipping", self._curve("train/grad_norm"), log=True),
+        ]
+        if mfu := self._curve("perf/mfu"):
+            charts.append(Chart("Model FLOPs utilisation", "of the peak", mfu, zero=True))
+        bucket = bucket_size(len(self.lines))
+        note = f"<p class=soft>Each point is the mean of {bucket} logged steps.</p>" if bucket > 1 else ""
+        return f"<h2>Curves</h2>{note}<div class=cards>{''.join(map(self._draw, charts))}</div>"
+
+    def _curve(
+        self, key: str, name: str = "", color: str = "c0", *, faint: bool = False, dots: bool = False
+    ) -> list[Trace]:
+        """A key over the steps as a trace; none where it never has a value."""
+        points = [(line["step"], line[key]) for line in self.lines if key in line]
+        x, y = thin(points, bucket_size(len(points)))
+        trace = Trace(name or key, x, y, color, faint=faint, dots=dots)
+        return [trace] if any(value is not None for value in y) else []
+
+    def _by_source(self, key: str, dots: bool = False) -> list[Trace]:
+        """A key of each source in its colour, and of all together, thick and on top."""
+        traces = []
+        for source in self.sources:
+            traces += self._curve(f"{key}/{source}", source, self._color(source), faint=True, dots=dots)
+        return traces + self._curve(key, "all", "ink", dots=dots)
+
+    def _marks(self) -> list[dict[str, Any]]:
+        """Where the run was taken up again; the newest few, if that happened often."""
+        steps = {event.get("step") for event in self.events if event.get("event") == "resume"}
+        known = sorted(step for step in steps if isinstance(step, int))
+        return [{"x": step, "text": " resumed"} for step in known[-MOST_MARKS:]]
+
+    def _mixture(self) -> str:
+        sources = self.data.get("sources") or {}
+        if not sources:
+            return ""
+        whole = sum(entry["weight"] for entry in sources.values()) or 1
+        asked = [entry["weight"] / whole for entry in sources.values()]
+        realised = [entry["share"] for entry in sources.values()]
+        bars = [
+            Trace("asked", list(sources), [100 * share for share in asked], "soft", "bar", faint=True),
+            Trace("realised", list(sources), [100 * share for share in realised], "accent", "bar"),
+        ]
+        rows = [
+            [
+                self._dot(name),
+                f"{100 * share:.2f} %",
+                f"{100 * entry['share']:.2f} %",
+                short(entry["tokens"]),
+                f"{entry['epochs']:.3f}",
+                short(entry["total_tokens"]),
+            ]
+            for (name, entry), share in zip(sources.items(), asked, strict=True)
+        ]
+        head = ["source", "asked", "realised", "tokens served", "epochs", "tokens in source"]
+        chart = self._draw(Chart("Share of the training tokens", "percent", bars, zero=True))
+        return (
+            f'<h2>Mixture</h2><div class=cards>{chart}<div class="card table">{table(head, rows)}</div></div>'
+        )
+
+    def _held_out(self) -> str:
+        sources = self.heldout.get("sources") or {}
+        if not sources:
+            return ""
+        entries = {**sources, "all": self.heldout["all"]}
+        bars = []
+        for (name, key), color in zip(BASELINES.items(), ("accent", "soft", "soft"), strict=True):
+            values = [entry.get(key) for entry in entries.values()]
+            if any(value is not None for value in values):
+                faint = name == "context shuffled"
+                bars.append(Trace(name, list(entries), values, color, "bar", faint=faint))
+        rows = [self._held_out_row(name, entry) for name, entry in entries.items()]
+        head = ["source", *BASELINES, "against unigram", "loss a token", "bytes"]
+        note = f"after step {self.heldout.get('step')}; lower is better"
+        chart = self._draw(Chart("Bits per byte", note, bars, zero=True))
+        return (
+            f"<h2>Held-out text</h2><p class=soft>{HELD_OUT}</p>"
+            f'<div class="cards uneven">{chart}<div class="card table">{table(head, rows)}</div></div>'
+        )
+
+    def _held_out_row(self, name: str, entry: Mapping[str, Any]) -> list[str]:
+        return [
+            "all" if name == "all" else self._dot(name),
+            *(_number(entry.get(key), "{:.4f}".format) for key in BASELINES.values()),
+            _change(entry.get("bits_per_byte"), entry.get("unigram_bits_per_byte")),
+            _number(entry.get("loss"), "{:.4f}".format),
+            _number(entry.get("bytes"), short),
+        ]
+
+    def _samples(self) -> str:
+        files = sorted(self.directory.samples.glob("step_*.txt"), key=_step_of)
+        if not files:
+            return ""
+        *earlier, last = files
+        few = spread(earlier, MOST_SAMPLES)
+        inner = "".join(
+            f"<p class=soft>step {_step_of(file)}</p><div class=card>{_sample(file)}</div>" for file in few
+        )
+        what = "Earlier samples" if few == earlier else f"{len(few)} of {len(earlier)} earlier samples"
+        more = f"<details><summary>{what}</summary>{inner}</details>" if few else ""
+        return f"<h2>Samples after step {_step_of(last)}</h2><div class=card>{_sample(last)}</div>{more}"
+
+    def _events(self) -> str:
+        if not self.events:
+            return ""
+        rows = [_event(event) for event in self.events]
+        if len(rows) > MOST_EVENTS:
+            left_out = len(rows) - MOST_EVENTS
+            gap = ["…", "", "", f"{left_out} more in events.jsonl"]
+            rows = [*rows[:FIRST_EVENTS], gap, *rows[FIRST_EVENTS + left_out :]]
+        head = ["time (UTC)", "step", "event", "details"]
+        return f"<h2>Events</h2><div class=card>{table(head, rows, words=('event', 'details'))}</div>"
+
+    def _config(self) -> str:
+        if not self.config:
+            return ""
+        text = escape(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        return (
+            "<h2>Configuration</h2><details class=card>"
+            f"<summary>config.yaml</summary><pre>{text}</pre></details>"
+        )
+
+    def _draw(self, chart: Chart) -> str:
+        """The card of a chart, which the page's script will fill."""
+        if chart.traces:
+            self.charts.append(chart)
+        return chart.card()
+
+    # Sources have the same colour everywhere.
+
+    def _source_names(self) -> list[str]:
+        names = dict.fromkeys((self.config.get("data") or {}).get("sources") or {})
+        for line in self.lines[-1:]:
+            keys = [key for key in line if key.startswith("train/loss/")]
+            names |= dict.fromkeys(key.removeprefix("train/loss/") for key in keys)
+        return list(names | dict.fromkeys(self.data.get("sources") or {}))
+
+    def _color(self, source: str) -> str:
+        return f"c{self.sources.index(source) % PALETTE}" if source in self.sources else "ink"
+
+    def _dot(self, source: str) -> str:
+        color = self._color(source)
+        return f'<span class=dot style="background:var(--{color})"></span>{escape(source)}'
+
+
+HELD_OUT = (
+    "Documents that were never trained on. The unigram baseline knows only how frequent each token is; "
+    "with the context shuffled, the model itself sees the right tokens in the wrong order."
+)
+
+
+def by_step(lines: Iterable[Line]) -> list[Line]:
+    """One line a step in the order of steps; of a step that was replayed after a resume, the last one."""
+    newest = {line["step"]: line for line in lines}
+    return [newest[step] for step in sorted(newest)]
+
+
+def bucket_size(points: int) -> int:
+    """How many logged steps one point of a curve stands for."""
+    return max(1, -(-points // MOST_POINTS))
+
+
+def thin(points: Sequence[tuple[int, float | None]], bucket: int) -> tuple[list[float], list[float | None]]:
+    """x and y of a curve as means of `bucket` points each: of the steps, and of the values that there are."""
+    if bucket == 1:
+        return [x for x, _ in points], [y for _, y in points]
+    xs: list[float] = []
+    ys: list[float | None] = []
+    for first in range(0, len(points), bucket):
+        part = points[first : first + bucket]
+        values = [y for _, y in part if y is not None]
+        xs.append(sum(x for x, _ in part) / len(part))
+        ys.append(sum(values) / len(values) if values else None)
+    return xs, ys
+
+
+def span(seconds: float) -> str:
+    """`45 s`, `2 min 22 s`, `3 h 12 min` or `2 d 3 h`: the two largest units."""
+    rest, parts = round(seconds), []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, rest = divmod(rest, size)
+        if count or parts:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def training_seconds(lines: Sequence[Line]) -> float:
+    """Time spent in steps that count: each line's seconds a step times the steps since the line before."""
+    total, before = 0.0, 0
+    for line in lines:
+        total += (line.get("perf/step_seconds") or 0.0) * (line["step"] - before)
+        before = line["step"]
+    return total
+
+
+SPELLING = {
+    "rope": "RoPE",
+    "alibi": "ALiBi",
+    "learned": "learned positions",
+    "none": "no positions",
+    "swiglu": "SwiGLU",
+    "gelu": "GELU",
+    "rmsnorm": "RMSNorm",
+    "layernorm": "LayerNorm",
+}
+
+
+def describe_model(model: Mapping[str, Any]) -> list[str]:
+    """`4 layers`, `d_model 256`, `4 heads (MQA)`, ... of a model's config; missing keys are left out."""
+    parts = [f"{model['n_layers']} layers"] if "n_layers" in model else []
+    parts += [f"d_model {model['d_model']}"] if "d_model" in model else []
+    heads, shared = model.get("n_heads"), model.get("n_kv_heads")
+    if heads and shared:
+        kind = "MQA" if shared == 1 else "MHA" if shared == heads else f"GQA, {shared} for keys and values"
+        parts.append(f"{heads} heads ({kind})")
+    chosen = [(model.get("position") or {}).get("kind"), model.get("feed_forward"), model.get("norm")]
+    return parts + [SPELLING.get(name, name) for name in chosen if isinstance(name, str)]
+
+
+def spread(items: Sequence[Path], most: int) -> list[Path]:
+    """At most `most` items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _event(event: Mapping[str, Any]) -> list[str]:
+    """A row of the table of events, as HTML."""
+    kind = str(event.get("event", ""))
+    chip = "warn" if kind in ("warning", "skip", "signal", "rollback") else "good" if kind == "end" else ""
+    time = str(event.get("time", "")).replace("T", " ")[:19]
+    details = [
+        f"{key} {_plain(value)}" for key, value in event.items() if key not in ("time", "event", "step")
+    ]
+    return [
+        escape(time),
+        escape(str(event.get("step", ""))),
+        f'<span class="chip {chip}">{escape(kind)}</span>',
+        escape(" · ".join(details)),
+    ]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return "none" if value is None else str(value)
+
+
+def _sample(file: Path) -> str:
+    """A file of samples as HTML: a block a prompt, the prompt itself set apart."""
+    blocks = re.split(r"^--- prompt \d+: (.*)\n", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if len(blocks) == 1:
+        return f"<pre>{escape(blocks[0])}</pre>"
+    return "".join(_continuation(*pair) for pair in zip(blocks[1::2], blocks[2::2], strict=True))
+
+
+def _continuation(quoted: str, text: str) -> str:
+    try:
+        prompt = str(ast.literal_eval(quoted))
+    except (ValueError, SyntaxError):
+        prompt = ""
+    begin = prompt if text.startswith(prompt) else ""
+    return f"<pre><b>{escape(begin)}</b>{escape(text[len(begin) :].rstrip())}</pre>"
+
+
+def _step_of(file: Path) -> int:
+    return int(re.sub(r"\D", "", file.stem) or 0)
+
+
+def _steps(step: int, most: int | None) -> str:
+    return f"{step:,} of {most:,}" if most and most != step else f"{step:,}"
+
+
+def _number(value: float | None, form: Callable[[float], str]) -> str:
+    return "\N{EN DASH}" if value is None else form(value)
+
+
+def _change(value: float | None, reference: float | None) -> str:
+    """`-12.3 %`: how far a value is from its reference."""
+    if value is None or not reference:
+        return "\N{EN DASH}"
+    return f"{100 * (value / reference - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,336 @@
+"""The run directory: a public contract of plain files that outlives the process which writes it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtrain.config import Config, ExitCode, UserError
+
+logger = logging.getLogger(__name__)
+
+LEFT_OUT = "<left out>"
+"""What stands in config.yaml and in wandb where a secret stood."""
+
+# `text_key` and `max_new_tokens` are no secrets: only whole words count, and a bare "key" only after a
+# word that makes it one.
+SECRET_NAME = re.compile(
+    r"(^|_)(token|secret|password|passwd|credentials?|apikey|(api|access|auth|private|secret|account)_key)$|^key$",
+    re.IGNORECASE,
+)
+# Hugging Face, OpenAI, GitHub, AWS and wandb tokens, and a password inside a URL.
+SECRET_VALUE = re.compile(
+    r"\b(hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|wandb_v1_\w{20,})"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+
+
+class RunDirectory:
+    """The files of one run; making the object touches nothing, `lock` creates the directory.
+
+    One process writes (rank 0, under the lock); anybody may read at any time.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "DONE"
+
+    # The lock.
+
+    def lock(self) -> None:
+        """Take the directory for this process, until `unlock` or the process's end, however it ends.
+
+        A directory that another process holds is a UserError with exit code 73 and one line.
+        """
+        assert self._lock is None, "this object holds the lock already"
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / ".lock"
+        while self._lock is None:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise UserError(
+                    _locked_message(self.path, _read_owner(file)), exit_code=ExitCode.LOCKED
+                ) from None
+            if _is_same_file(handle, file):
+                self._lock = handle
+            else:  # the directory was set aside between our open and our flock: that lock is another run's
+                os.close(handle)
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, json.dumps(_this_process()).encode() + b"\n", 0)
+
+    def unlock(self) -> None:
+        """Give the directory back; without a lock this does nothing."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def set_aside(self) -> Path | None:
+        """Rename an older run to the next free `<name>.1`, `<name>.2`, ... so that nothing of it is lost.
+
+        Returns the new place, or None where there was nothing but the lock. A lock that is held stays held.
+        """
+        held = self._lock is not None
+        if not held:
+            self.lock()
+        place = None
+        if any(entry.name != ".lock" for entry in self.path.iterdir()):
+            place = self._next_free()
+            self.path.rename(place)
+            self.unlock()
+            self.lock()
+            logger.info("%s held an older run: it is now %s", self.path, place)
+        if not held:
+            self.unlock()
+        return place
+
+    def _next_free(self) -> Path:
+        number = 1
+        while (place := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        return place
+
+    # Writing.
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl in one write: floats in full precision, not-finite ones as null."""
+        _append(self.metrics, line)
+
+    def append_event(self, kind: str, **fields: Any) -> None:
+        """Add one line {time, event, ...fields} to events.jsonl."""
+        _append(self.events, {"time": _now(), "event": kind, **fields})
+
+    def cut_unterminated(self) -> None:
+        """Cut an unterminated last line from metrics.jsonl and events.jsonl: its write was interrupted."""
+        for file in (self.metrics, self.events):
+            if cut := _cut(file):
+                logger.warning("%s: cut an unfinished last line of %d bytes", file, cut)
+
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml from the typed config, secrets left out."""
+        text = yaml.safe_dump(
+            redact(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=110
+        )
+        write_atomically(self.config, text)
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write `name`, a path inside the run directory, atomically; what is not finite becomes null."""
+        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+        return write_atomically(self.path / name, text + "\n")
+
+    def clear_done(self) -> None:
+        """Take DONE away: the run goes on."""
+        self.done.unlink(missing_ok=True)
+
+    def mark_done(self) -> None:
+        """Write DONE, the last file of a run, and only of one that succeeded."""
+        write_atomically(self.done, _now() + "\n")
+
+    # Reading.
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every complete line of metrics.jsonl in file order; a resumed run has replayed steps twice."""
+        return _read_lines(self.metrics)
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Every complete line of events.jsonl in file order."""
+        return _read_lines(self.events)
+
+    def read_config(self) -> dict[str, Any]:
+        """config.yaml as plain values; a missing or broken file is a UserError."""
+        try:
+            value = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{self.config}: no such file; is {self.path} the directory of a run?") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.config}: not readable as YAML: {error}") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{self.config}: expected keys and values")
+        return value
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file in the run directory, or None where there is none."""
+        file = self.path / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"{file}: not readable as JSON: {error}") from error
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """A copy of plain nested values without secrets: by the name of a key, or by the look of a value."""
+    if isinstance(value, Mapping):
+        return {key: redact(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(inner, name) for inner in value]
+    if isinstance(value, str) and value:
+        return LEFT_OUT if SECRET_NAME.search(name) else SECRET_VALUE.sub(LEFT_OUT, value)
+    return value
+
+
+def write_atomically(file: Path, text: str) -> Path:
+    """Write a text file so that a reader sees the old content or the new, never a part; makes its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+    return file
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _finite(value: Any) -> Any:
+    """Plain JSON values: numpy and torch scalars as Python numbers, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, str | int | float | bool | None) and hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append(file: Path, line: Mapping[str, Any]) -> None:
+    data = json.dumps(_finite(line), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with file.open("ab", buffering=0) as stream:  # O_APPEND and unbuffered: one line is one write
+        written = stream.write(data)
+    if written != len(data):
+        raise OSError(f"{file}: only {written} of {len(data)} bytes were written: is the disk full?")
+
+
+def _cut(file: Path) -> int:
+    """Cut everything after the last newline; returns the number of bytes cut."""
+    if not file.exists():
+        return 0
+    with file.open("r+b") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        keep = size
+        while keep > 0:
+            start = max(0, keep - 65536)
+            stream.seek(start)
+            newline = stream.read(keep - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        stream.truncate(keep)
+    return size - keep
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; a broken line is a UserError with its number."""
+    if not file.exists():
+        return []
+    *lines, rest = file.read_bytes().split(b"\n")
+    if rest:
+        logger.warning("%s: the last line is not finished and not read", file)
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{file}:{number}: not a JSON object; mend or remove that line")
+        objects.append(value)
+    return objects
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id(), "started": _now()}
+
+
+def _boot_id() -> str | None:
+    """What tells one boot of this machine from the next (Linux only)."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def _is_same_file(handle: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_owner(file: Path) -> dict[str, Any]:
+    """The record of who holds the lock; the owner writes it a moment after the flock."""
+    for _ in range(20):
+        with contextlib.suppress(OSError, ValueError):
+            owner = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(owner, dict):
+                return owner
+        time.sleep(0.05)
+    return {}
+
+
+def _locked_message(path: Path, owner: Mapping[str, Any]) -> str:
+    who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= set(owner) else "another process"
+    since = f" since {owner['started']}" if "started" in owner else ""
+    return f"{path}: {who} is at work in this run directory{since}; wait for it, or choose another name"

@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llmtrain.config import UserError
+from llmtrain.data.batch import Batch
+from llmtrain.data.dataset import PackedDataset
+from llmtrain.data.shards import ShardedSource, ShardWriter
+from llmtrain.data.stream import TokenSource
+from tests.data.array_source import ArraySource, numbered
+
+L, G = 16, 8
+WEIGHTS = {"web": 0.5, "code": 0.3, "books": 0.2}
+
+
+def sources() -> dict[str, ArraySource]:
+    """Three sources that share no token; every one is passed over many times in 50 steps."""
+    return {
+        "web": numbered([[40, 3, 90], [], [200, 7]]),
+        "code": numbered([[17, 100]], first=1000),
+        "books": numbered([[1], [300], [16, 17]], first=2000),
+    }
+
+
+def dataset(
+    given: Mapping[str, TokenSource] | None = None, weights: Any = WEIGHTS, **changes: Any
+) -> PackedDataset:
+    keys = {
+        "seq_len": L,
+        "global_batch_size": G,
+        "seed": 1,
+        "documents": "separate",
+        "shuffle_span": 5,
+        **changes,
+    }
+    return PackedDataset(given or sources(), weights, **keys)
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    for field, tensor in vars(one).items():
+        assert torch.equal(tensor, getattr(other, field)), field
+
+
+def rows_on(ranks: int, data: PackedDataset, start_step: int, steps: int) -> list[list[torch.Tensor]]:
+    """[input_ids, labels, position_ids, source_ids] of the global batch of each step, from its ranks."""
+    per_rank = []
+    for rank in range(ranks):
+        batches = data.batches(start_step, rank, ranks)
+        per_rank.append(list(islice(batches, steps)))
+        batches.close()
+    fields = ("input_ids", "labels", "position_ids", "source_ids")
+    return [
+        [torch.cat([getattr(b, field) for b in step]) for field in fields]
+        for step in zip(*per_rank, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_ranks_do_not_change_the_rows(ranks: int) -> None:
+    alone, shared = rows_on(1, dataset(), 1, 50), rows_on(ranks, dataset(), 1, 50)
+    for step, other in zip(alone, shared, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(step, other, strict=True))
+
+
+def test_micro_batches_are_the_rows_in_order() -> None:
+    data = dataset()
+    for step in (1, 7):
+        whole = data.rows(step, 0, G)
+        for size in (1, 2, 8):
+            parts = whole.split(size)
+            for i, part in enumerate(parts):
+                assert_equal(part, data.rows(step, i * size, (i + 1) * size))
+
+
+@pytest.mark.parametrize("steps_done", [0, 1, 13, 49])
+def test_a_resumed_run_serves_what_the_uninterrupted_one_would(steps_done: int) -> None:
+    state = json.loads(json.dumps(dataset().state(steps_done)))
+    again = dataset().resumed(state)
+    expected = rows_on(1, dataset(), 1, 50)[steps_done:]
+    for step, other in zip(expected, rows_on(2, again, steps_done + 1, 50 - steps_done), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(step, other, strict=True))
+
+
+def test_rows_are_a_pure_function() -> None:
+    data = dataset()
+    late = data.rows(10**9, 0, G)
+    first = data.rows(1, 0, G)
+    assert_equal(first, dataset().rows(1, 0, G))
+    assert_equal(late, dataset().rows(10**9, 0, G))
+
+
+def test_source_ids_index_the_names() -> None:
+    data = dataset()
+    assert data.names == ["books", "code", "web"]
+    batch = data.rows(3, 0, G)
+    for row, source in zip(batch.input_ids, batch.source_ids.tolist(), strict=True):
+        assert {min(int(token) // 1000, 2) for token in row} == {
+            {"web": 0, "code": 1, "books": 2}[data.names[source]]
+        }
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", 2), ("shuffle_span", 6)])
+def test_what_the_state_guards_changes_the_order(field: str, value: int) -> None:
+    ours, other = (rows_on(1, dataset(**change), 1, 5) for change in ({}, {field: value}))
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(ours, other, strict=True))
+
+
+def test_the_served_windows_are_the_text() -> None:
+    """One pass over a source of bytes, put back in the order of the stream and decoded, is its text."""
+    texts = [
+        "Es war einmal ",
+        "ein König, der ",
+        "hatte drei Töchter. ",
+        "一个测试。",
+        "def f(x):\n    return x\n",
+    ]
+    shards = [[list(text.encode()) for text in texts[:3]], [list(text.encode()) for text in texts[3:]]]
+    data = dataset({"bytes": ArraySource(shards)}, {"bytes": 1}, documents="attend", seq_len=3)
+    stream = data._streams["bytes"]
+    windows = -(-data.ledger(0)["bytes"]["total_tokens"] // 3)
+    rows = {}
+    for k in range(int(windows)):
+        batch = data.rows(k // G + 1, k % G, k % G + 1)
+        rows[stream.window(k)] = batch.input_ids[0].tolist()
+    served = bytes(sum((rows[window] for window in range(int(windows))), []))
+    total = sum(len(text.encode()) for text in texts)
+    one, other = "".join(texts[:3]), "".join(texts[3:])
+    assert served[:total].decode() in (one + other, other + one)
+
+
+def test_the_ledger_is_what_walking_finds() -> None:
+    data, steps = dataset(), 23
+    served = Counter(int(i) for step in range(1, steps + 1) for i in data.rows(step, 0, G).source_ids)
+    ledger = data.ledger(steps)
+    for source, name in enumerate(data.names):
+        tokens = served[source] * L
+        assert ledger[name] == {
+            "weight": WEIGHTS[name],
+            "share": served[source] / (steps * G),
+            "tokens": tokens,
+            "total_tokens": sources()[name].tokens,
+            "epochs": tokens / sources()[name].tokens,
+        }
+    assert sum(entry["tokens"] for entry in ledger.values()) == steps * G * L
+    assert all(entry["tokens"] == entry["share"] == 0 for entry in data.ledger(0).values())
+
+
+def test_the_state_is_small() -> None:
+    five = {f"source-{i}": numbered([[1000 + i]]) for i in range(5)}
+    weights = {name: 0.123456789 + i / 7 for i, name in enumerate(five)}
+    assert len(json.dumps(dataset(five, weights).state(10**7))) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 7}, ["seed was 1", "is 7", "set seed=1"]),
+        ({"seq_len": 32}, ["seq_len was 16", "is 32", "set seq_len=16"]),
+        ({"global_batch_size": 4}, ["global_batch_size was 8", "is 4"]),
+        ({"shuffle_span": 6}, ["shuffle_span was 5", "is 6"]),
+    ],
+)
+def test_a_resume_that_would_change_the_order_is_refused(changes: dict[str, int], words: list[str]) -> None:
+    state = dataset().state(3)
+    with pytest.raises(UserError) as error:
+        dataset(**changes).check_state(state)
+    assert all(word in str(error.value) for word in [*words, "resume=never"])
+
+
+def test_a_source_with_other_content_is_refused() -> None:
+    changed = {**sources(), "code": numbered([[17, 101]], first=1000)}
+    with pytest.raises(UserError) as error:
+        dataset(changed).resumed(dataset().state(3))
+    assert "manifest_hash of data.sources.code" in str(error.value)
+    assert sources()["code"].manifest_hash in str(error.value)
+    with pytest.raises(UserError, match="version was 0 in the checkpoint and is 1 now"):
+        dataset().check_state({**dataset().state(3), "version": 0})
+
+
+def windows_served(data: PackedDataset, first_step: int, last_step: int) -> dict[str, list[int]]:
+    """The k of every window, by source."""
+    served: dict[str, list[int]] = {}
+    picks = data.mixture.picks((first_step - 1) * G, last_step * G)
+    for source, k in np.transpose(picks).tolist():
+        served.setdefault(data.mixture.names[source], []).append(k)
+    return served
+
+
+def test_other_weights_are_a_new_stage_from_the_window_now() -> None:
+    before = dataset()
+    after = dataset(weights={"web": 0.1, "code": 0.9, "books": 0}).resumed(before.state(5))
+    assert after.mixture.stages == [(0, {"books": 2, "code": 3, "web": 5}), (5 * G, {"code": 9, "web": 1})]
+    for step in range(1, 6):
+        assert_equal(after.rows(step, 0, G), before.rows(step, 0, G))
+    served = windows_served(after, 1, 30)
+    assert all(ks == list(range(len(ks))) for ks in served.values())  # nothing repeated, nothing skipped
+    ledger = after.ledger(5 + 10)
+    assert ledger["code"]["tokens"] == before.ledger(5)["code"]["tokens"] + 0.9 * 10 * G * L
+    assert ledger["code"]["weight"] == 0.9
+    # The same weights again, from a checkpoint of the second stage, are no third one.
+    again = dataset(weights={"code": 9, "web": 1, "books": 0}).resumed(after.state(9))
+    assert again.mixture.stages == after.mixture.stages
+
+
+def test_a_source_can_join_leave_and_come_back() -> None:
+    without = {name: source for name, source in sources().items() if name != "books"}
+    joined = dataset().resumed(dataset(without, {"web": 0.5, "code": 0.5}).state(4))
+    left = dataset(without, {"web": 0.5, "code": 0.5}).resumed(joined.state(9))
+    back = dataset().resumed(left.state(12))
+    for data in (joined, left, back):
+        assert all(ks == list(range(len(ks))) for ks in windows_served(data, 1, 40).values())
+    assert left.names == ["code", "web"]
+    assert left.rows(20, 0, G).source_ids.max() == 1
+    assert left.ledger(40)["books"]["tokens"] == joined.ledger(9)["books"]["tokens"] == G * L
+    assert set(left.state(12)["sources"]) == set(WEIGHTS)
+    with pytest.raises(UserError, match="data.sources has no books"):
+        for step in range(5, 10):
+            left.rows(step, 0, G)
+    changed = {**sources(), "books": numbered([[5]])}
+    with pytest.raises(UserError, match=r"manifest_hash of data\.sources\.books"):
+        dataset(changed).resumed(left.state(12))
+
+
+def test_planned_stages_survive_a_resume() -> None:
+    plan = [(0, WEIGHTS), (50, {"code": 1}), (90, {"books": 0.5, "web": 0.5})]
+    data = dataset(weights=plan)
+    assert data.resumed(data.state(10)).mixture.stages == data.mixture.stages
+    assert {data.names[i] for i in data.rows(8, 0, G).source_ids.tolist()} == {"code"}
+
+
+def test_sources_and_weights_have_to_fit() -> None:
+    with pytest.raises(UserError, match="typo has a weight and is not in data.sources"):
+        dataset(weights={**WEIGHTS, "typo": 1})
+    with pytest.raises(UserError, match=r"data\.sources\.web: there is no token"):
+        dataset({**sources(), "web": numbered([[], []])})
+
+
+class Failing(ArraySource):
+    """Fails at the n-th read."""
+
+    reads = 0
+
+    def read(self, shard: int, start: int, stop: int) -> np.ndarray:
+        self.reads += 1
+        if self.reads == 20:
+            raise UserError("shard-00003: wrong digest")
+        return super().read(shard, start, stop)
+
+
+def data_threads() -> int:
+    return sum(thread.name.startswith("llmtrain-data") for thread in threading.enumerate())
+
+
+def test_an_error_of_the_thread_reaches_the_consumer() -> None:
+    batches = dataset({"bad": Failing([[range(500)]])}, {"bad": 1}).batches(1, 0, 1)
+    with pytest.raises(UserError, match="shard-00003"):
+        list(islice(batches, 10))
+    assert data_threads() == 0
+
+
+def test_it_reads_ahead_but_not_far() -> None:
+    source = Failing([[range(500)]])
+    source.reads = 1000
+    batches = dataset({"only": source}, {"only": 1}, global_batch_size=1, shuffle_span=1).batches(1, 0, 1)
+    next(batches)
+    deadline = time.monotonic() + 10
+    while source.reads < 1003 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert source.reads == 1003  # the step that was asked for and two more
+    batches.close()
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_the_thread_ends_with_the_iterator(how: str) -> None:
+    batches = dataset().batches(1, 0, 1)
+    next(batches)
+    assert data_threads() == 1
+    if how == "close":
+        batches.close()
+    else:
+        del batches
+        gc.collect()
+    assert data_threads() == 0
+
+
+def test_prepared_shards_give_the_same_rows_as_memory(tmp_path: Path) -> None:
+    inside = sources()
+    prepared = {}
+    for name, source in inside.items():
+        writer = ShardWriter(
+            tmp_path / name, tokenizer="none", vocab_size=3000, boundary="none", shard_tokens=1
+        )
+        for shard, length in enumerate(source.lengths.tolist()):
+            edges = source.offsets(shard).tolist()
+            for start, stop in zip(edges, edges[1:], strict=False):
+                writer.add(source.read(shard, start, stop).astype(np.int32), stop - start)
+            assert length == edges[-1]
+        writer.finish()
+        prepared[name] = ShardedSource.open(tmp_path / name)
+    # Here a shard is a document: the stream differs from that of fewer shards, the tokens do not.
+    one = {
+        name: ArraySource(
+            [[source.read(shard, a, b).tolist()]
+             for shard in range(len(source.lengths))
+             for a, b in zip(source.offsets(shard).tolist(), source.offsets(shard).tolist()[1:], strict=False)]
+        )
+        for name, source in inside.items()
+    }  # fmt: skip
+    for step in (1, 2, 30):
+        assert_equal(dataset(prepared).rows(step, 0, G), dataset(one).rows(step, 0, G))

@@ -1,0 +1,122 @@
+"""Signals and exit codes through the real launcher, and nothing left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import sys
+
+import psutil
+import pytest
+
+from tests.launch.conftest import LAUNCH, stand_ins, wait_for
+
+SUPERVISE = LAUNCH / "supervise.py"
+DEEPSPEED = (
+    sys.executable,
+    SUPERVISE,
+    "deepspeed",
+    "--hostfile=/dev/null",
+    "--num_gpus=2",
+    "--log_level=critical",
+)
+# Two ranks without DeepSpeed's three seconds a process: a launcher of one line.
+PLAIN = """
+RANK=0 python -u -m llmtrain.train & a=$!
+RANK=1 python -u -m llmtrain.train & b=$!
+wait $a; code=$?; wait $b; exit $code
+"""
+
+
+def module():
+    spec = importlib.util.spec_from_file_location("supervise", SUPERVISE)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_exit_codes_as_a_shell_says_them():
+    """-n is Popen's death by signal n, 256 - n the same after launch.py's sys.exit(-n)."""
+    codes = {0: 0, 1: 1, 78: 78, 85: 85, 130: 130, -9: 137, -15: 143, 247: 137, 241: 143, 254: 130}
+    assert {code: module().shell_code(code) for code in codes} == codes
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_reaches_each_rank_once_and_their_code_comes_back(start, stand_in, port, number):
+    job = start(*DEEPSPEED, f"--master_port={port}", "--module", "llmtrain.train", MODE="orderly")
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 85, errors
+    sent = signal.SIGTERM if number == signal.SIGHUP else number
+    assert [json.loads((stand_in / f"signals-{rank}").read_text()) for rank in (0, 1)] == [[sent], [sent]]
+    assert stand_ins(stand_in) == []
+    assert number.name in errors
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 137), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("victim", ["runner", "node"])
+def test_ranks_do_not_outlive_a_launcher_and_its_death_is_no_success(
+    start, stand_in, port, victim, number, code
+):
+    job = start(*DEEPSPEED, f"--master_port={port}", "--module", "llmtrain.train", MODE="endless")
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    rank = psutil.Process(json.loads((stand_in / "started-0").read_text())["pid"])
+    node, runner = rank.parents()[:2]
+    (runner if victim == "runner" else node).send_signal(number)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == (code if victim == "runner" else 1), errors
+    assert stand_ins(stand_in) == []
+
+
+def test_a_signal_before_there_are_ranks_ends_the_launcher(start, stand_in, port):
+    job = start(*DEEPSPEED, f"--master_port={port}", "--module", "llmtrain.train", MODE="endless")
+    while len(stand_ins(stand_in)) < 2:  # the supervisor and the launcher, which is still importing
+        assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert job.returncode == 143
+    assert stand_ins(stand_in) == []
+
+
+def test_a_second_ctrl_c_kills_ranks_that_do_not_stop(start, stand_in):
+    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="stubborn")
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    job.send_signal(signal.SIGINT)
+    wait_for(stand_in / "signals-0", stand_in / "signals-1")
+    assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=30)
+    assert job.returncode == 137
+    assert stand_ins(stand_in) == []
+
+
+def test_ranks_that_do_not_stop_are_killed_after_the_grace_time(start, stand_in):
+    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="stubborn", LLMTRAIN_GRACE="1")
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=30)
+    assert job.returncode == 137
+    assert json.loads((stand_in / "signals-0").read_text()) == [signal.SIGTERM]
+    assert stand_ins(stand_in) == []
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(start, stand_in):
+    job = start("nohup", sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="orderly")
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    job.send_signal(signal.SIGHUP)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode == 85
+    assert "SIGHUP" not in errors
+    assert "SIGTERM" in errors
+
+
+def test_a_helper_that_lingers_after_success_does_not_spoil_it(start, stand_in):
+    """A logger's helper gets some seconds, then it is ended; the run was a success all the same."""
+    job = start(sys.executable, SUPERVISE, "bash", "-c", "sleep 300 & exit 0")
+    job.communicate(timeout=30)
+    assert job.returncode == 0
+    assert stand_ins(stand_in) == []

@@ -1,0 +1,110 @@
+"""Norms and feed-forward parts against torch's formulas, kernels' choice, documents' masks."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtrain.model import kernels
+from llmtrain.model.documents import Documents
+from llmtrain.model.feed_forward import build_feed_forward
+from llmtrain.model.norm import build_norm
+from tests.model.small import PACKED, SEQ_LEN, decoder, packed_batch, relative_error
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_norms_equal_torch_and_reduce_in_fp32(kind: str) -> None:
+    norm, x = build_norm(kind, 96, 1e-3), torch.randn(5, 96)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(96))
+    bias = getattr(norm, "bias", None)
+    functional = F.rms_norm if kind == "rmsnorm" else F.layer_norm
+    arguments = (norm.weight,) if kind == "rmsnorm" else (norm.weight, bias)
+    torch.testing.assert_close(norm(x), functional(x, (96,), *arguments, eps=1e-3))
+    assert (bias is not None) == (kind == "layernorm")
+
+    large = (1000 * x + 30_000).bfloat16()  # its squares need more than bf16's 8 bits
+    half, exact = norm.bfloat16()(large), norm.double()(large.double())
+    assert half.dtype == torch.bfloat16
+    assert relative_error(half, exact) < 2**-7
+
+
+def test_swiglu_and_gelu_are_their_formulas() -> None:
+    x = torch.randn(2, 3, 16)
+    swiglu, gelu = build_feed_forward("swiglu", 16, 24), build_feed_forward("gelu", 16, 24)
+    with torch.no_grad():
+        for parameter in [*swiglu.parameters(), *gelu.parameters()]:
+            parameter.normal_(0, 0.3)
+    gate, up = swiglu.gate_up.weight[:24], swiglu.gate_up.weight[24:]
+    torch.testing.assert_close(swiglu(x), (F.silu(x @ gate.T) * (x @ up.T)) @ swiglu.down.weight.T)
+    torch.testing.assert_close(gelu(x), F.gelu(x @ gelu.up.weight.T) @ gelu.down.weight.T)
+
+
+def test_auto_says_what_it_took_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    config = kernels.AttentionConfig
+    with caplog.at_level(logging.INFO, "llmtrain"):
+        assert config(backend="auto").kernel() is kernels.sdpa
+    assert "backend=auto: sdpa (" in caplog.text
+    assert config(backend="sdpa").kernel() is kernels.sdpa
+    assert config(backend="eager").kernel() is kernels.eager
+
+
+def recorded_masks(monkeypatch: pytest.MonkeyPatch, position: str, packed: bool) -> list[Tensor | None]:
+    """The masks that the layers of one forward pass hand to torch."""
+    masks: list[Tensor | None] = []
+    fused = F.scaled_dot_product_attention
+
+    def record(*args: Tensor, **options: object) -> Tensor:
+        masks.append(options["attn_mask"])  # type: ignore[arg-type]
+        assert options["is_causal"] == (options["attn_mask"] is None)
+        return fused(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    kind = {"kind": "rope", "theta": 100.0} if position == "rope" else {"kind": "alibi"}
+    batch = packed_batch()
+    starts = batch["cu_seqlens"] if packed else torch.tensor([0, SEQ_LEN, 2 * SEQ_LEN])
+    decoder(n_layers=3, position=kind, attention={"backend": "sdpa"})(batch["input_ids"], cu_seqlens=starts)
+    return masks
+
+
+def test_one_document_a_row_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recorded_masks(monkeypatch, "rope", packed=False) == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("position", "packed", "heads"), [("rope", True, 1), ("alibi", False, 4), ("alibi", True, 4)]
+)
+def test_layers_share_one_mask(
+    monkeypatch: pytest.MonkeyPatch, position: str, packed: bool, heads: int
+) -> None:
+    masks = recorded_masks(monkeypatch, position, packed)
+    assert len(masks) == 3
+    assert masks[0] is masks[1] is masks[2]
+    assert masks[0].shape == (2 if packed else 1, heads, SEQ_LEN, SEQ_LEN)
+
+
+def test_documents_against_a_loop() -> None:
+    documents = Documents(2, SEQ_LEN, torch.tensor(PACKED, dtype=torch.int32), CPU)
+    owner = [max(n for n, start in enumerate(PACKED) if start <= position) for position in range(2 * SEQ_LEN)]
+    for row in range(2):
+        mine = owner[row * SEQ_LEN : (row + 1) * SEQ_LEN]
+        expected = [[j <= i and mine[i] == mine[j] for j in range(SEQ_LEN)] for i in range(SEQ_LEN)]
+        assert documents.allowed[row, 0].tolist() == expected
+    slopes = torch.tensor([0.5, 0.25])
+    bias = documents.bias(slopes, torch.float32)
+    assert bias.shape == (2, 2, SEQ_LEN, SEQ_LEN)
+    assert bias[1, 1, 5, 2] == -0.75
+    assert bias[0, 0, 6, 5] == float("-inf")
+
+
+def test_repeated_heads_are_grouped_heads() -> None:
+    k = torch.randn(2, 2, 3, 4)
+    repeated, _ = kernels.repeat_heads(k, k, 6)
+    assert [torch.equal(repeated[:, h], k[:, h // 3]) for h in range(6)] == [True] * 6

@@ -1,0 +1,69 @@
+"""ALiBi's slopes, RoPE's angles, the learned table's end, and the hooks' identities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmtrain.model.position import AlibiConfig, Position, Rope, alibi_slopes
+from tests.model.small import SEQ_LEN, decoder, relative_error, tokens
+
+
+def test_alibi_slopes_equal_blooms_for_1_to_128_heads() -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    for n_heads in range(1, 129):
+        bloom = build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64), n_heads, torch.float32)[:, 0, 1]
+        ours = AlibiConfig(kind="alibi").build(d_model=1, n_heads=n_heads, head_dim=1, seq_len=1)
+        torch.testing.assert_close(ours.slopes(torch.device("cpu")), bloom, rtol=1e-6, atol=0)
+
+
+def test_alibi_slopes_of_the_paper() -> None:
+    assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+
+
+def test_a_cast_to_bf16_leaves_slopes_and_angles_in_fp32() -> None:
+    alibi, rope = decoder(position={"kind": "alibi"}).bfloat16(), Rope(8, 10_000.0).bfloat16()
+    assert alibi.position.slopes(torch.device("cpu")).dtype == torch.float32
+    q = torch.randn(1, 2, 2048, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    positions = torch.arange(2048)[None]
+    exact, _ = Rope(8, 10_000.0).rotate(q.double(), q.double(), positions)
+    turned, _ = rope.rotate(q, q, positions)
+    assert turned.dtype == torch.bfloat16
+    assert relative_error(turned, exact) < 2**-8  # one rounding to bf16; bf16 angles would be off by radians
+
+
+def test_rope_turns_the_same_whatever_length_was_seen_before() -> None:
+    q = torch.randn(1, 1, 40, 8)
+    positions = torch.arange(40)[None]
+    grown = Rope(8, 100.0)
+    grown.rotate(q[:, :, :3], q[:, :, :3], positions[:, :3])
+    assert torch.equal(grown.rotate(q, q, positions)[0], Rope(8, 100.0).rotate(q, q, positions)[0])
+
+
+def test_tables_made_in_inference_mode_serve_training() -> None:
+    for kind in ({"kind": "rope", "theta": 100.0}, {"kind": "alibi"}):
+        model = decoder(position=kind, attention={"backend": "sdpa"})
+        with torch.inference_mode():
+            model(tokens())
+        model(tokens(), labels=tokens()).sum().backward()
+
+
+def test_the_learned_table_ends_at_seq_len() -> None:
+    model = decoder(position={"kind": "learned"})
+    with pytest.raises(ValueError, match=f"seq_len={SEQ_LEN}"):
+        model(tokens(length=SEQ_LEN + 1))
+
+
+def test_relative_positions_go_beyond_seq_len() -> None:
+    for kind in ({"kind": "rope", "theta": 100.0}, {"kind": "alibi"}, {"kind": "none"}):
+        assert decoder(position=kind)(tokens(length=2 * SEQ_LEN)).isfinite().all()
+
+
+def test_hooks_are_identities_by_default() -> None:
+    part, x = Position(), torch.randn(1, 2, 3, 4)
+    q, k = part.rotate(x, x + 1, torch.arange(3)[None])
+    assert torch.equal(q, x)
+    assert torch.equal(k, x + 1)
+    assert torch.equal(part.embed(x, torch.arange(3)[None]), x)
+    assert part.slopes(torch.device("cpu")) is None

@@ -1,0 +1,183 @@
+"""Real ranks of a real run, forked from one warm process.
+
+A launcher starts a fresh interpreter a rank, which costs seconds of imports on a small machine. `RankServer`
+imports once in a clean process of its own (no threads, no process group) and forks a process a rank for each
+run. What a rank then does is what `python -m llmtrain.train` does: the door's `main` with its arguments,
+under the environment that torchrun would set. Its standard output and error go to a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DOOR = "llmtrain.train"
+SERVER = "tests.ranks"
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@dataclass
+class Job:
+    """Ranks that were started together: their process ids and the files that hold what they printed."""
+
+    server: RankServer
+    pids: list[int]
+    outputs: list[Path]
+
+    def wait(self, timeout: float = 240) -> list[int]:
+        """Exit codes by rank (negative: the signal), once every rank has ended."""
+        deadline = time.monotonic() + timeout
+        codes = self.server.poll(self.pids)
+        while any(code is None for code in codes):
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"ranks still ran after {timeout} s\n{self.output()}")
+            time.sleep(0.02)
+            codes = self.server.poll(self.pids)
+        return [code for code in codes if code is not None]
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to every rank that still runs."""
+        for pid, code in zip(self.pids, self.server.poll(self.pids), strict=True):
+            if code is None:
+                os.kill(pid, number)
+
+    def output(self) -> str:
+        """Everything the ranks printed, rank after rank."""
+        return "\n".join(f"--- rank {i}\n{path.read_text()}" for i, path in enumerate(self.outputs))
+
+
+class RankServer:
+    """A warm process that forks ranks on request."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_MODULE_LOADING": "LAZY"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+        )
+
+    def start(
+        self, arguments: Sequence[str], ranks: int, directory: Path, env: Mapping[str, str] | None = None
+    ) -> Job:
+        """Start `ranks` processes of the train door with these arguments, in `directory`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        port = free_port()
+        pids, outputs = [], []
+        for rank in range(ranks):
+            output = directory / f"output-{port}-{rank}.txt"
+            variables = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                **(env or {}),
+            }
+            request = {"argv": list(arguments), "env": variables, "output": str(output), "cwd": str(directory)}
+            pids.append(self._ask(request))
+            outputs.append(output)
+        return Job(self, pids, outputs)
+
+    def run(
+        self, arguments: Sequence[str], ranks: int, directory: Path, env: Mapping[str, str] | None = None
+    ) -> Job:
+        """`start`, and wait; AssertionError with what was printed if a rank did not end well."""
+        job = self.start(arguments, ranks, directory, env)
+        codes = job.wait()
+        assert codes == [0] * ranks, f"exit codes {codes}\n{job.output()}"
+        return job
+
+    def poll(self, pids: Sequence[int]) -> list[int | None]:
+        """Exit codes, None for a process that still runs."""
+        return self._ask({"poll": list(pids)})
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def serve() -> None:
+    """Read requests from standard input until it closes; nothing here starts a thread before the forks."""
+    import importlib
+
+    answers = os.fdopen(os.dup(1), "w")  # what libraries print at import must not get between the answers
+    os.dup2(2, 1)
+    for module in ("torch", "deepspeed", "hydra", "numpy", "llmtrain.train", "llmtrain.training.trainer"):
+        importlib.import_module(module)
+    codes: dict[int, int | None] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            answer: Any = [_poll(pid, codes) for pid in request["poll"]]
+        else:
+            answer = _fork(request)
+            codes[answer] = None
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _poll(pid: int, codes: dict[int, int | None]) -> int | None:
+    if codes[pid] is None:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        codes[pid] = os.waitstatus_to_exitcode(status) if done else None
+    return codes[pid]
+
+
+def _fork(request: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, source in ((0, null), (1, output), (2, output)):
+        os.dup2(source, descriptor)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    code = 1
+    try:
+        from llmtrain.train import main
+
+        code = main(request["argv"])
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,97 @@
+"""The engine in one process: what DeepSpeed was told, what it keeps, what it refuses to apply."""
+
+from __future__ import annotations
+
+import torch
+
+from llmtrain import distributed
+from llmtrain.config.hydra import compose
+from llmtrain.data.batch import Batch
+from llmtrain.distributed import World
+from llmtrain.training.build import build_model_engine
+from llmtrain.training.config import TrainConfig
+
+
+def build(overrides):
+    config = compose(TrainConfig, overrides)
+    distributed.initialize(World())
+    return config, build_model_engine(config, World(), vocab_size=258, sources=2, precision="fp32")
+
+
+def batch(rows: int, length: int, sources=None) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 258, (rows, length + 1), generator=generator, dtype=torch.int32)
+    return Batch(
+        input_ids=ids[:, :-1].contiguous(),
+        labels=ids[:, 1:].contiguous(),
+        position_ids=torch.arange(length, dtype=torch.int32).repeat(rows, 1),
+        cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * length,
+        source_ids=torch.tensor(sources or [0] * rows, dtype=torch.int32),
+    )
+
+
+def test_zero_settings_reach_deepspeed(tiny):
+    for overrides, expected in [
+        ([], (200_000_000, 200_000_000, True)),
+        (["deepspeed.zero_optimization.reduce_bucket_size=1000"], (1000, 200_000_000, True)),
+        (["deepspeed.zero_optimization.allgather_bucket_size=2000"], (200_000_000, 2000, True)),
+        (["deepspeed.zero_optimization.overlap_comm=false"], (200_000_000, 200_000_000, False)),
+    ]:
+        _, engine = build([*tiny, "deepspeed=zero2", *overrides])
+        zero = engine.deepspeed._config.zero_config
+        assert (int(zero.reduce_bucket_size), int(zero.allgather_bucket_size), zero.overlap_comm) == expected
+        engine.close()
+
+
+def test_activation_checkpointing_keeps_fewer_tensors(tiny):
+    kept = {}
+    for setting in ("false", "true"):
+        _, engine = build([*tiny, "deepspeed=zero0", f"activation_checkpointing={setting}"])
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            engine.train_step(batch(8, 64), lr=1e-3)
+        kept[setting] = sum(sizes)
+        engine.close()
+    assert kept["true"] < kept["false"] / 2
+
+
+def test_losses_are_summed_by_source(tiny):
+    _, engine = build([*tiny, "deepspeed=zero0"])
+    data = batch(8, 64, sources=[0, 1, 1, 1, 0, 1, 1, 1])
+    rows = torch.cat([engine.loss(part) for part in data.split(2)]).double()
+    result = engine.train_step(data, lr=0.0)
+    expected = torch.stack([rows[[0, 4]].sum(), rows[[1, 2, 3, 5, 6, 7]].sum()])
+    torch.testing.assert_close(result.source_losses, expected)
+    assert result.source_targets.tolist() == [2 * 64, 6 * 64]
+    engine.close()
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny):
+    for stage in range(4):
+        _, engine = build([*tiny, f"deepspeed=zero{stage}"])
+        data = batch(8, 64)
+        assert engine.train_step(data, lr=1e-3).applied
+        head = next(module for module in engine.model.modules() if hasattr(module, "weight"))
+        handle = head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        before = [engine.loss(part) for part in data.split(2)] and weights(engine)
+        result = engine.train_step(data, lr=1e-3)
+        assert not result.applied, stage
+        assert not torch.isfinite(torch.tensor(result.grad_norm)), stage
+        handle.remove()
+        after = weights(engine)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), stage
+        assert engine.train_step(data, lr=1e-3).applied
+        engine.close()
+
+
+def weights(engine):
+    import deepspeed
+
+    parameters = list(engine.model.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        return [parameter.detach().clone() for parameter in parameters]

@@ -1,0 +1,230 @@
+"""Every key of the configuration changes something that can be seen, or is refused; no key is decoration.
+
+The table has a row for every key of TrainConfig, and a test that it is complete: a new key without a row
+fails. Most rows start a short run twice, as a user does, and compare what it left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from llmtrain.config import UserError
+from llmtrain.config.hydra import compose
+from llmtrain.training.config import TrainConfig
+
+SHORT = ["max_steps=4", "checkpoint.every=2", "callbacks.sample.max_new_tokens=4"]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path) -> Any:
+    return [(line["train/loss"], line["train/grad_norm"]) for line in metrics(run)]
+
+
+def lines(run: Path) -> Any:
+    return [line["step"] for line in metrics(run)]
+
+
+def learning_rates(run: Path) -> Any:
+    return [line["train/lr"] for line in metrics(run)]
+
+
+def checkpoints(run: Path) -> Any:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def start(run: Path) -> Any:
+    event = json.loads((run / "events.jsonl").read_text().splitlines()[0])
+    return {key: value for key, value in event.items() if key != "time"}
+
+
+def evaluations(run: Path) -> Any:
+    return {line["step"]: line["eval/loss"] for line in metrics(run) if "eval/loss" in line}
+
+
+def held_out(run: Path) -> Any:
+    return json.loads((run / "eval" / "heldout.json").read_text())["all"]["bytes"]
+
+
+def sampled(run: Path) -> Any:
+    return {path.name: path.read_text() for path in (run / "samples").glob("*")}
+
+
+def report(run: Path) -> Any:
+    return re.search(r"<title>(.*?)</title>", (run / "report.html").read_text())
+
+
+def tokenizer(run: Path) -> Any:
+    return {path.name: path.stat().st_size for path in (run / "tokenizer").iterdir()}
+
+
+def wandb_folder(run: Path) -> Any:
+    return sorted(path.parent.name for path in run.glob("wandb/*/*.wandb"))
+
+
+def wandb_project(run: Path) -> Any:
+    (file,) = run.glob("wandb/*/*.wandb")
+    return b"elsewhere" in file.read_bytes()
+
+
+def console(run: Path) -> Any:
+    return "loss" in next(iter(run.parent.glob("output-*"))).read_text()
+
+
+SP = ["tokenizer=sentencepiece", "tokenizer.vocab_size=400"]
+
+RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
+    # key: (overrides of both runs, overrides of the second, what must differ)
+    "name": ([], ["name=another"], lambda run: report(run)[1]),
+    "seed": ([], ["seed=1"], curve),
+    "seq_len": ([], ["seq_len=32"], curve),
+    "max_steps": ([], ["max_steps=3"], lines),
+    "global_batch_size": ([], ["global_batch_size=4"], curve),
+    "micro_batch_size": ([], ["micro_batch_size=4"], start),
+    "precision": ([], ["precision=bf16_autocast"], curve),
+    "log_every": ([], ["log_every=3"], lines),
+    "tokenizer.kind": ([], SP, tokenizer),
+    "tokenizer.vocab_size": (SP, ["tokenizer.vocab_size=420"], tokenizer),
+    "data.documents": ([], ["data.documents=attend"], curve),
+    "data.boundary": ([], ["data.boundary=eos"], curve),
+    "data.shuffle_span": ([], ["data.shuffle_span=1"], curve),
+    "data.validation_fraction": ([], ["data.validation_fraction=0.5"], held_out),
+    "data.sources.weight": ([], ["data.sources.code.weight=0.1"], curve),
+    "data.sources.epochs": (
+        ["~data.sources.code.weight", "~data.sources.prose.weight", "+data.sources.code.epochs=1"]
+        + ["+data.sources.prose.epochs=1"],
+        ["data.sources.prose.epochs=9"],
+        curve,
+    ),
+    "data.sources.format": (
+        ["data.sources.code.path=${data.sources.prose.path}"],
+        ["data.sources.code.format=jsonl"],
+        curve,
+    ),
+    "data.sources.text_key": ([], ["+data.sources.prose.text_key=title"], curve),
+    "data.sources.path": ([], ["data.sources.code.path=${data.sources.prose.path}"], curve),
+    "optimizer.lr": ([], ["optimizer.lr=1e-4"], curve),
+    "optimizer.betas": ([], ["optimizer.betas=[0.5,0.95]"], curve),
+    "optimizer.eps": ([], ["optimizer.eps=0.01"], curve),
+    "optimizer.weight_decay": ([], ["optimizer.weight_decay=1"], curve),
+    "optimizer.gradient_clipping": ([], ["optimizer.gradient_clipping=1e-3", "optimizer.eps=1e-3"], curve),
+    "scheduler.kind": ([], ["scheduler=linear"], learning_rates),
+    "scheduler.warmup_steps": ([], ["scheduler.warmup_steps=2"], learning_rates),
+    "scheduler.min_lr_ratio": (["scheduler.warmup_steps=1"], ["scheduler.min_lr_ratio=0.5"], learning_rates),
+    "scheduler.decay_ratio": (
+        ["scheduler=wsd", "scheduler.warmup_steps=1"],
+        ["scheduler.decay_ratio=0.9"],
+        learning_rates,
+    ),
+    "deepspeed.zero_optimization.stage": ([], ["deepspeed=zero3"], lambda run: sorted(
+        path.name for path in run.glob("checkpoints/*/engine/*")
+    )),
+    "checkpoint.every": ([], ["checkpoint.every=3"], checkpoints),
+    "checkpoint.keep": ([], ["checkpoint.keep=1"], checkpoints),
+    "callbacks.evaluation.every": ([], ["callbacks.evaluation.every=2"], evaluations),
+    "callbacks.evaluation.documents": ([], ["callbacks.evaluation.documents=1"], held_out),
+    "callbacks.sample.every": ([], ["callbacks.sample.every=2"], sampled),
+    "callbacks.sample.prompts": ([], ["callbacks.sample.prompts=[once]"], sampled),
+    "callbacks.sample.max_new_tokens": ([], ["callbacks.sample.max_new_tokens=8"], sampled),
+    "callbacks.sample.temperature": ([], ["callbacks.sample.temperature=0"], sampled),
+    "logger.progress": ([], ["logger.progress=lines"], console),
+    "logger.wandb.mode": ([], ["logger.wandb.mode=offline"], wandb_folder),
+    "logger.wandb.project": (["logger.wandb.mode=offline"], ["logger.wandb.project=elsewhere"], wandb_project),
+}
+
+ELSEWHERE: dict[str, str] = {
+    # key: the test that shows its effect
+    "output_dir": "tests/training/test_resume.py::test_a_resumed_run_is_bit_equal",
+    "cache_dir": "tests/training/test_keys.py::test_cache_dir_is_where_shards_and_tokenizers_are",
+    "resume": "tests/training/test_resume.py::test_resume_never_sets_the_older_run_aside",
+    "activation_checkpointing": "tests/training/test_engine.py::test_activation_checkpointing_keeps_fewer_tensors",
+    "deepspeed.zero_optimization.reduce_bucket_size": "tests/training/test_engine.py::test_zero_settings_reach_deepspeed",
+    "deepspeed.zero_optimization.allgather_bucket_size": "tests/training/test_engine.py::test_zero_settings_reach_deepspeed",
+    "deepspeed.zero_optimization.overlap_comm": "tests/training/test_engine.py::test_zero_settings_reach_deepspeed",
+}
+
+REFUSED: dict[str, list[str]] = {
+    # key: overrides that end before the run, with a line that names the key
+    "optimizer.kind": ["optimizer.kind=sgd"],
+    "data.sources.revision": ["+data.sources.prose.revision=main"],
+    "data.sources.split": ["+data.sources.prose.split=test"],
+    "data.sources.subset": ["+data.sources.prose.subset=en"],
+}
+
+MODEL_TABLE = "tests/model/test_config.py::test_every_key_changes_something"
+
+
+def keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every key below a config class; a choice contributes the keys of all its kinds."""
+    for name, field in config.model_fields.items():
+        inner = [cls for cls in _classes(field.annotation)]
+        if not inner:
+            yield prefix + name
+        for cls in inner:
+            yield from keys(cls, f"{prefix}{name}.")
+
+
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """Config classes inside an annotation such as a union or a dict of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation] if annotation.model_fields else []
+    return [cls for argument in typing.get_args(annotation) for cls in _classes(argument)]
+
+
+def test_every_key_has_a_row():
+    named = {*RUNS, *ELSEWHERE, *REFUSED}
+    ours = {key for key in keys(TrainConfig) if not key.startswith("model.")}  # tests/model has its own table
+    assert ours - named == set()
+    assert named - ours == set()
+
+
+@pytest.mark.parametrize("test", sorted({*ELSEWHERE.values(), MODEL_TABLE}))
+def test_the_tests_named_here_exist(test):
+    file, _, name = test.partition("::")
+    assert f"def {name}(" in (Path(__file__).parents[2] / file).read_text()
+
+
+_base_runs: dict[tuple[str, ...], Path] = {}
+
+
+@pytest.fixture
+def observe(ranks, tiny, tmp_path, tmp_path_factory):
+    """Run the door with overrides on top of the tiny run and return its run directory; equal runs run once."""
+
+    def run(*overrides: str) -> Path:
+        if overrides not in _base_runs:
+            directory = tmp_path_factory.mktemp("keys")
+            arguments = [*tiny, *SHORT, f"output_dir={directory}/run", *overrides]
+            ranks.run(arguments, 1, directory)
+            _base_runs[overrides] = directory / "run"
+        return _base_runs[overrides]
+
+    return run
+
+
+@pytest.mark.parametrize("key", RUNS)
+def test_a_changed_key_changes_the_run(observe, key):
+    common, changed, observable = RUNS[key]
+    assert observable(observe(*common)) != observable(observe(*common, *changed))
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_changed_key_is_refused(tiny, key):
+    with pytest.raises(UserError, match=re.escape(key.rpartition(".")[2])):
+        compose(TrainConfig, [*tiny, *REFUSED[key]])
+
+
+def test_cache_dir_is_where_shards_and_tokenizers_are(observe, tmp_path):
+    observe(f"cache_dir={tmp_path}/elsewhere", *SP)
+    assert len(list(tmp_path.glob("elsewhere/**/tokens.bin"))) >= 2
+    assert len(list(tmp_path.glob("elsewhere/tokenizers/**/tokenizer.model"))) == 1

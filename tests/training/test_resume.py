@@ -1,0 +1,121 @@
+"""Save, new process, load, continue: bit-equal to the run that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+
+
+def records(run: Path) -> dict[int, list[tuple]]:
+    """What metrics.jsonl says of each step, replays included: (loss, gradient norm, learning rate)."""
+    found: dict[int, list[tuple]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(row["step"], []).append((row["train/loss"], row["train/grad_norm"], row["train/lr"]))
+    return found
+
+
+def steps(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_a_resumed_run_is_bit_equal(ranks, tiny, tmp_path, stage, precision):
+    common = [*tiny, f"deepspeed=zero{stage}", f"precision={precision}", "max_steps=8", "checkpoint.every=5"]
+    ranks.run([*common, f"output_dir={tmp_path}/whole"], 2, tmp_path)
+    whole = records(tmp_path / "whole")
+    assert sorted(whole) == list(range(1, 9))
+
+    source = tmp_path / "whole" / "checkpoints" / "step_00000005"
+    ranks.run([*common, f"output_dir={tmp_path}/resumed", f"resume={source}"], 2, tmp_path)
+    resumed = records(tmp_path / "resumed")
+    assert sorted(resumed) == [6, 7, 8]
+    assert all(resumed[step] == whole[step] for step in resumed)
+
+
+def test_auto_resume_after_sigterm_goes_on_where_it_stopped(ranks, tiny, tmp_path):
+    common = [*tiny, "max_steps=400", "checkpoint.every=1000", "callbacks.evaluation.every=0"]
+    job = ranks.start(common, 2, tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.05)
+    os.kill(job.pids[1], signal.SIGTERM)  # one rank is told; all stop at the same step
+    assert job.wait() == [85, 85], job.output()
+    (saved,) = steps(tmp_path / "run")
+    stopped = int(saved.removeprefix("step_"))
+    assert sorted(records(tmp_path / "run")) == list(range(1, stopped + 1))
+    assert not (tmp_path / "run" / "DONE").exists()
+
+    ranks.run([*common, f"max_steps={stopped + 3}"], 2, tmp_path)
+    assert sorted(records(tmp_path / "run")) == list(range(1, stopped + 4))
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_a_killed_run_loses_nothing_after_its_checkpoint(ranks, tiny, tmp_path):
+    common = [*tiny, "max_steps=40", "checkpoint.every=4"]
+    ranks.run([*common, f"output_dir={tmp_path}/whole"], 2, tmp_path)
+    job = ranks.start(common, 2, tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "step_00000008").exists():
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.01)
+    job.kill(signal.SIGKILL)
+    job.wait()
+    ranks.run(common, 2, tmp_path)
+    whole, run = records(tmp_path / "whole"), records(tmp_path / "run")
+    assert sorted(run) == list(range(1, 41))
+    for step, rows in run.items():
+        assert rows == [whole[step][0]] * len(rows), step
+
+
+def test_keep_and_every(ranks, tiny, tmp_path):
+    ranks.run([*tiny, "max_steps=7", "checkpoint.every=2", "checkpoint.keep=3"], 1, tmp_path)
+    assert steps(tmp_path / "run") == ["step_00000004", "step_00000006", "step_00000007"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks_now", "named"),
+    [
+        (["model.d_ff=192"], 1, "model.d_ff=192"),
+        (["seed=1"], 1, "seed"),
+        (["seq_len=32"], 1, "seq_len"),
+        (["global_batch_size=16"], 1, "global_batch_size"),
+        (["deepspeed=zero2"], 1, "deepspeed.zero_optimization.stage"),
+        (["precision=bf16"], 1, "precision"),
+        ([], 2, "number of ranks"),
+    ],
+)
+def test_a_changed_run_is_refused_by_name(ranks, tiny, tmp_path, overrides, ranks_now, named):
+    common = [*tiny, "max_steps=2", "deepspeed=zero1"]
+    ranks.run(common, 1, tmp_path)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    job = ranks.start([*common, "max_steps=4", *overrides], ranks_now, tmp_path)
+    assert set(job.wait()) == {78}, job.output()
+    assert named in job.outputs[0].read_text()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_resume_never_sets_the_older_run_aside(ranks, tiny, tmp_path):
+    ranks.run([*tiny, "max_steps=2"], 1, tmp_path)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    ranks.run([*tiny, "max_steps=3", "resume=never"], 1, tmp_path)
+    assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == before
+    assert sorted(records(tmp_path / "run")) == [1, 2, 3]
+
+
+def test_a_finished_run_is_left_alone_and_goes_on_when_max_steps_rises(ranks, tiny, tmp_path):
+    ranks.run([*tiny, "max_steps=2"], 1, tmp_path)
+    job = ranks.run([*tiny, "max_steps=2"], 1, tmp_path)
+    assert "already trained to step 2" in job.output()
+    assert sorted(records(tmp_path / "run")) == [1, 2]
+    ranks.run([*tiny, "max_steps=4"], 1, tmp_path)
+    assert sorted(records(tmp_path / "run")) == [1, 2, 3, 4]
