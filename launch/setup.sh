@@ -36,15 +36,15 @@ fingerprint() {
     printf '%s %s %s\n' "$(cksum <"$root/pyproject.toml")" "$root" "$interpreter"
 }
 
-# The stamp's lines: fingerprint, torch's version, the LLMTRAIN_TORCH it was asked for with.
+# The stamp's lines: fingerprint, torch's version, the LLMTRAIN_TORCH that asked for it or "auto".
 # A CPU torch is done on a machine without a GPU only; a CUDA torch serves both (a shared home has both).
 is_done() {
     [[ -x $venv/bin/python && -f $venv/pyvenv.cfg && -f $stamp ]] || return 1
     local made_for torch asked
     { read -r made_for && read -r torch && read -r asked; } <"$stamp" || return 1
     [[ $made_for == "$(fingerprint)" ]] || return 1
-    [[ -z ${LLMTRAIN_TORCH:-} || $LLMTRAIN_TORCH == "${asked#asked }" ]] || return 1
-    [[ $torch != *+cpu || $asked != "asked " && $asked != asked ]] || ! has_gpu
+    [[ ${LLMTRAIN_TORCH:-$asked} == "$asked" ]] || return 1
+    [[ $torch != *+cpu || $asked != auto ]] || ! has_gpu
 }
 
 # A Python that can make an environment: Debian has one without ensurepip.
@@ -82,16 +82,48 @@ make_venv() {
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
+# What pip is at, in its own words without the long list of names.
+doing() {
+    grep -aE '^ *(Collecting|Downloading|Processing|Obtaining|Preparing|Building|Installing)' "$log" |
+        tail -n 1 | sed 's/^ *//; s/packages:.*/packages/' | cut -c 1-90 || true
+}
+
 # pip install with signs of life: its own progress on a terminal, else a line every ten seconds.
+# --no-compile: Python compiles what is imported, a tenth of it, at the first import.
 try_install() {
+    set -- --no-compile "$@"
+    if [[ -t 1 ]]; then
+        pip install --log "$log" "$@"
+        return
+    fi
+    local pid last=$SECONDS
+    set -m # a process group of its own, to end it together with the builds that it starts
+    pip install "$@" >>"$log" 2>&1 &
+    pid=$!
+    set +m
+    trap 'kill -- "-$pid" 2>/dev/null || true' EXIT
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 0.5
+        if ((SECONDS - last >= 10)); then
+            last=$SECONDS
+            say "  $SECONDS s: $(doing)"
+        fi
+    done
+    trap - EXIT
+    wait "$pid"
+}
+
+install() {
     if [[ -t 1 ]]; then
         pip install --log "$log" "$@"
         return
     fi
     local pid started=$SECONDS
+    set -m # a process group of its own, to end it together with the builds that it starts
     pip install "$@" >>"$log" 2>&1 &
     pid=$!
-    trap 'kill "$pid" 2>/dev/null || true' EXIT
+    set +m
+    trap 'kill -- "-$pid" 2>/dev/null || true' EXIT
     while kill -0 "$pid" 2>/dev/null; do
         sleep 0.5
         if ((SECONDS - started >= 10)); then
@@ -175,7 +207,7 @@ set_up() {
     printf 'torch==%s\n' "$(installed_torch)" >"$venv/constraints.txt"
     install "llmtrain and its libraries" -c "$venv/constraints.txt" -e "${root}[dev]"
     check_torch
-    printf '%s\n%s\nasked %s\n' "$(fingerprint)" "$(installed_torch)" "${LLMTRAIN_TORCH:-}" >"$stamp.new"
+    printf '%s\n%s\n%s\n' "$(fingerprint)" "$(installed_torch)" "${LLMTRAIN_TORCH:-auto}" >"$stamp.new"
     mv "$stamp.new" "$stamp"
     say "done in $SECONDS s"
 }

@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import NoReturn
 
 import psutil
 
@@ -71,6 +73,15 @@ class Job:
                 told.add(process.pid)
                 send(process, number)
 
+    def stop(self, grace: float) -> None:
+        """Ask the ranks to stop and end whatever is left after `grace` seconds."""
+        deadline, told = time.monotonic() + grace, set[int]()
+        while self.members():
+            self.tell(signal.SIGTERM, told)
+            if time.monotonic() > deadline:
+                self.kill()
+            time.sleep(POLL_SECONDS)
+
     def kill(self) -> None:
         """End whatever is left."""
         for process in self.members():
@@ -124,6 +135,32 @@ def listen() -> list[signal.Signals]:
     return received
 
 
+@contextlib.contextmanager
+def guarded(job: Job, grace: float) -> Iterator[None]:
+    """Keep a process beside this one that stops the job when this one is gone, even by SIGKILL."""
+    reading, writing = os.pipe()
+    guard = os.fork()
+    if guard == 0:
+        os.close(writing)
+        _guard(job, grace, reading)
+    os.close(reading)
+    yield  # `writing` is open here alone, for as long as we live
+    os.close(writing)
+    os.waitpid(guard, 0)
+
+
+def _guard(job: Job, grace: float, reading: int) -> NoReturn:
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):  # else whoever reads our output would wait for the guard, too
+        os.dup2(nothing, descriptor)
+    for number in TO_RANKS:
+        signal.signal(number, signal.SIG_IGN)
+    os.read(reading, 1)  # returns when the other end is closed
+    job.stop(grace)
+    os._exit(0)
+
+
 def supervise(command: list[str], grace: float) -> int:
     """Run `command` to its end and return its exit code, as a shell says it.
 
@@ -132,6 +169,11 @@ def supervise(command: list[str], grace: float) -> int:
     """
     received = listen()
     job = Job(command)
+    with guarded(job, grace):
+        return _follow(job, received, grace)
+
+
+def _follow(job: Job, received: list[signal.Signals], grace: float) -> int:
     told: dict[signal.Signals, set[int]] = {}
     deadline = math.inf
     lost_ranks = None

@@ -198,20 +198,23 @@ def _device(world: World) -> torch.device:
 def _init_deepspeed(backend: str) -> None:
     """deepspeed.init_distributed without its habits on CPU, and without its chatter."""
     os.environ["LOCAL_SIZE"] = "0"
-    if backend == "gloo":
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # else it warns, on standard output, that it found none
+    quiet_deepspeed()
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if backend == "gloo":
         # The op serves only inference. It is compiled at start (a minute; for ever if a killed process left
         # its lock) and leaves 66 MiB in /dev/shm for each rank and port. Nothing else reads this table, and
         # filling it as DeepSpeed does would run a compiler.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def quiet_deepspeed() -> None:
+    """Call it before anything imports deepspeed, which otherwise warns on standard output that it found no GPU."""
+    if visible_accelerators() == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 # Collectives. In a world of one without a process group they return what they were given.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config.hydra import hydra_door
@@ -60,9 +59,13 @@ def _is_main() -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain prepare` and `python -m llmtrain.prepare`."""
-    from llmtrain.training.config import TrainConfig
+    return hydra_door(_root, run, __doc__, argv)
 
-    return hydra_door(TrainConfig, run, __doc__, sys.argv[1:] if argv is None else argv)
+
+def _root() -> type[TrainConfig]:
+    from llmtrain.training.config import TrainConfig  # torch comes with it, and `--help` does without
+
+    return TrainConfig
 
 
 if __name__ == "__main__":

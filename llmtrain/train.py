@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from llmtrain.config.hydra import hydra_door
@@ -35,9 +34,13 @@ def train(config: TrainConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain train`, `python -m llmtrain.train` and `deepspeed --module llmtrain.train`."""
-    from llmtrain.training.config import TrainConfig
 
-    return hydra_door(TrainConfig, train, __doc__ or "", sys.argv[1:] if argv is None else argv)
+    def root() -> type[TrainConfig]:
+        from llmtrain.training.config import TrainConfig
+
+        return TrainConfig
+
+    return hydra_door(root, train, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,13 @@ def run(config: TrainConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain train_tokenizer` and `python -m llmtrain.train_tokenizer`."""
-    from llmtrain.training.config import TrainConfig
+    return hydra_door(_root, run, __doc__, argv)
 
-    return hydra_door(TrainConfig, run, __doc__, sys.argv[1:] if argv is None else argv)
+
+def _root() -> type[TrainConfig]:
+    from llmtrain.training.config import TrainConfig  # torch comes with it, and `--help` does without
+
+    return TrainConfig
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from enum import IntEnum
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import Tag, ValidationError
@@ -107,7 +107,7 @@ def _locate(root: type[Config], value: Mapping[str, Any], path: Sequence[str | i
 
 
 def _members(annotation: Any) -> Iterator[tuple[str | None, Any]]:
-    """(tag, type) of each member of a union, or of the type itself; None is left out."""
+    """(tag, type) of each member of a union, or of the type itself."""
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
         tags = [item.tag for item in metadata if isinstance(item, Tag)]
@@ -116,7 +116,7 @@ def _members(annotation: Any) -> Iterator[tuple[str | None, Any]]:
     elif get_origin(annotation) in (Union, UnionType):
         for member in get_args(annotation):
             yield from _members(member)
-    elif annotation is not NoneType:
+    else:
         yield None, annotation
 
 

@@ -11,11 +11,11 @@ WIDTH = 100
 USAGE = """\
 Usage: llmtrain {door} [group=option ...] [key=value ...]
 
-  group=option      choose a file of a group below            model=small experiment=mine
-  key=value         change one value                          max_steps=200 optimizer.lr=1e-3
+  group=option      choose a file of a group below            {example}
+  key=value         change one value                          max_steps=200
   --cfg job         show every key as it would be used, and stop
   --config-dir DIR  more options for the groups, from your own directory
-  --multirun        one run after another, over lists         seed=1,2,3 model=tiny,small
+  --multirun        one run after another, over lists         seed=1,2,3
   --info TOPIC      where values come from (defaults-tree, searchpath, ...)
 """
 
@@ -36,7 +36,7 @@ def help_page(
 ) -> str:
     """The door's docstring, how it is used, and every group with its options; `*` marks the chosen one."""
     width = max((len(group) for group in groups), default=0) + 2
-    lines = [doc.strip(), "", USAGE.format(door=door)]
+    lines = [doc.strip(), "", USAGE.format(door=door, example=_example(groups, chosen))]
     lines.append("Groups and their options (* is used unless you choose):\n")
     for group, options in groups.items():
         marked = " ".join(f"{option}*" if chosen.get(group) == option else option for option in options)
@@ -44,3 +44,11 @@ def help_page(
         start = f"  {group:<{width}}"
         lines.append(textwrap.fill(marked, WIDTH, initial_indent=start, subsequent_indent=indent))
     return "\n".join(lines) + "\n"
+
+
+def _example(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, str | None]) -> str:
+    """A choice that changes something: the first option that is not used already."""
+    others = (
+        f"{group}={name}" for group, names in groups.items() for name in names if chosen.get(group) != name
+    )
+    return next(others, "")

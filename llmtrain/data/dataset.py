@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from itertools import count
@@ -74,7 +74,7 @@ class PackedDataset:
 
     def batches(
         self, start_step: int, rank: int, world_size: int, pin_memory: bool = False
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """This rank's rows of step after step, without end, read STEPS_AHEAD steps ahead by a thread.
 
         Rank r of R has the rows rG/R .. (r+1)G/R - 1. What goes wrong in the thread is raised here, and the

@@ -75,6 +75,19 @@ def prepare(
     return Prepared(ready, sources)
 
 
+def check_inputs(data: DataConfig) -> None:
+    """Raise, before any work, if a source's files are not there or its keys do not suit them."""
+    mistakes = []
+    for name, source in data.sources.items():
+        try:
+            if readers.resolve_format(source) != "shards":
+                readers.inputs(source)
+        except UserError as error:
+            mistakes += [f"data.sources.{name}.path={line}" for line in error.lines]
+    if mistakes:
+        raise UserError(*mistakes)
+
+
 # The tokenizer
 
 
@@ -82,6 +95,7 @@ def build_tokenizer(
     data: DataConfig, config: TokenizerConfig, cache_dir: Path
 ) -> tuple[Tokenizer, Path | None]:
     """The tokenizer, and the directory in the cache where it is if it was trained there."""
+    check_inputs(data)
     if not (isinstance(config, SentencePieceConfig) and config.path is None):
         return config.load(), None
     directory = train_tokenizer(data, config.vocab_size, cache_dir)

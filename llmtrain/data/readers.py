@@ -102,7 +102,7 @@ def resolve_format(source: SourceConfig) -> str:
 
 def _checked(kind: str, source: SourceConfig) -> str:
     if unused := source.keys_without_meaning(kind):
-        raise UserError(f"source {source.path}: {unused[0]} means nothing for format={kind}; leave it out")
+        raise UserError(f"{source.path}: {unused[0]} means nothing for format={kind}; leave it out")
     return kind
 
 
@@ -132,9 +132,9 @@ def _files(source: SourceConfig) -> list[Path]:
 def _nothing_found(path: Path, source: SourceConfig) -> str:
     if path.is_dir():
         known = f"{', '.join(_SUFFIXES)} file" if source.format == "auto" else f"{source.format} file"
-        return f"source {source.path}: the directory holds no {known}"
+        return f"{source.path}: the directory holds no {known}"
     hub = "; a dataset on the Hugging Face Hub needs format=huggingface" if "*" not in source.path else ""
-    return f"source {source.path}: no file matches (looked in {Path.cwd()}){hub}"
+    return f"{source.path}: no file matches (looked in {Path.cwd()}){hub}"
 
 
 def _is_hidden(file: Path, root: Path) -> bool:
@@ -158,7 +158,7 @@ def _format_of(path: Path, source: SourceConfig) -> str:
         return _checked(_SUFFIXES[_plain_suffix(path)], source)
     except KeyError:
         raise UserError(
-            f"source {source.path}: {path} has an unknown suffix; known are {', '.join(_SUFFIXES)}"
+            f"{source.path}: {path} has an unknown suffix; known are {', '.join(_SUFFIXES)}"
             " (each also with .gz or .zst), or set format to jsonl, parquet or text"
         ) from None
 
@@ -286,8 +286,10 @@ def _embedded_input(name: str) -> Input:
     size = embedded_size(name)
 
     def read() -> Iterator[Document]:
+        consumed = 0
         for text, file, row in embedded_documents(name):
-            yield Document(text, file, row, 0)
+            consumed += len(text)
+            yield Document(text, file, row, consumed)
 
     return Input(f"embedded {name}", size, embedded_fingerprint(name), read)
 
@@ -329,11 +331,11 @@ def _open_huggingface(source: SourceConfig) -> Any:
         )
     for key in ("subset", "revision"):
         if getattr(source, key) is not None:
-            raise UserError(f"source {source.path}: {key} means nothing for a dataset on disk; leave it out")
+            raise UserError(f"{source.path}: {key} means nothing for a dataset on disk; leave it out")
     saved = datasets.load_from_disk(str(path))
     splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
     if source.split not in splits:
-        raise UserError(f"source {source.path}: no split {source.split!r}; there are: {', '.join(splits)}")
+        raise UserError(f"{source.path}: no split {source.split!r}; there are: {', '.join(splits)}")
     return splits[source.split]
 
 
@@ -347,6 +349,6 @@ def _huggingface_errors(source: SourceConfig) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"source {source.path} (format huggingface): {type(error).__name__}: {reason}; is the name right,"
+            f"Hugging Face dataset {source.path}: {type(error).__name__}: {reason}; is the name right,"
             " and is the Hub reachable (HF_HUB_OFFLINE unset)?"
         ) from error

@@ -108,7 +108,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     if checkpoint is not None:
         saved = read_record(checkpoint)
         check_record(checkpoint, saved, describe_run(config, world, tokenizer, precision))
-        dataset = dataset.resume(saved["data"])
+        dataset = dataset.resumed(saved["data"])
     engine = build_model_engine(config, world, tokenizer.vocab_size, len(dataset.names), precision)
     if world.is_main:
         tokenizer.save(directory.path / "tokenizer")
@@ -165,7 +165,7 @@ def build_dataset(config: TrainConfig, sources: dict[str, ShardedSource]) -> Pac
     """The packed rows of every step, from prepared sources."""
     return PackedDataset(
         sources,
-        [(0, mixture_weights(config.data, sources))],
+        mixture_weights(config.data, sources),
         seq_len=config.seq_len,
         global_batch_size=config.global_batch_size,
         seed=config.seed,

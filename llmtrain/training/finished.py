@@ -62,7 +62,7 @@ def open_finished(path: Path, step: int | None = None) -> FinishedRun:
     record = read_record(found[step])
     tokenizer = load_tokenizer(path / "tokenizer")
     model = config.model.assemble(vocab_size=tokenizer.vocab_size, seq_len=config.seq_len)
-    model.load_state_dict(consolidated_weights(found[step], record["stage"]))
+    model.load_state_dict(consolidated_weights(found[step], record["stage"], record["precision"]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return FinishedRun(path, step, config, tokenizer, model.to(device))
 

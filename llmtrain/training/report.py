@@ -117,13 +117,14 @@ class _Report:
 
     def _summary(self) -> str:
         """The model in one line, with what the newest start has to say about the machines."""
-        starts = [event for event in self.events if event.get("event") in ("start", "resume")]
-        start = starts[-1] if starts else {}
+        start: dict[str, Any] = {}
+        for event in self.events:
+            start |= event if event.get("event") in ("start", "resume") else {}
         parts = describe_model(self.config.get("model") or {})
         if "parameters" in start:
             parts.insert(0, f"{short(start['parameters'])} parameters")
         if ranks := start.get("ranks"):
-            parts.append(f"{ranks} rank{'s' if ranks > 1 else ''} on {start.get('device', 'cpu')}")
+            parts.append(f"{_count(ranks, 'rank')} on {start.get('device', 'cpu')}")
         precision = start.get("precision", self.config.get("precision"))
         return " · ".join([*parts, precision] if precision else parts)
 
@@ -190,9 +191,8 @@ class _Report:
         ]
         head = ["source", "asked", "realised", "tokens served", "epochs", "tokens in source"]
         chart = self._draw(Chart("Share of the training tokens", "percent", bars, zero=True))
-        return (
-            f'<h2>Mixture</h2><div class=cards>{chart}<div class="card table">{table(head, rows)}</div></div>'
-        )
+        card = f'<div class="card table">{table(head, rows)}</div>'
+        return f'<h2>Mixture</h2><div class="cards uneven">{chart}{card}</div>'
 
     def _held_out(self) -> str:
         sources = self.heldout.get("sources") or {}
@@ -312,7 +312,7 @@ def thin(points: Sequence[tuple[int, float | None]], bucket: int) -> tuple[list[
 
 def span(seconds: float) -> str:
     """`45 s`, `2 min 22 s`, `3 h 12 min` or `2 d 3 h`: the two largest units."""
-    rest, parts = round(seconds), []
+    rest, parts = round(seconds), list[str]()
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
         count, rest = divmod(rest, size)
         if count or parts:
@@ -343,7 +343,7 @@ SPELLING = {
 
 def describe_model(model: Mapping[str, Any]) -> list[str]:
     """`4 layers`, `d_model 256`, `4 heads (MQA)`, ... of a model's config; missing keys are left out."""
-    parts = [f"{model['n_layers']} layers"] if "n_layers" in model else []
+    parts = [_count(model["n_layers"], "layer")] if "n_layers" in model else []
     parts += [f"d_model {model['d_model']}"] if "d_model" in model else []
     heads, shared = model.get("n_heads"), model.get("n_kv_heads")
     if heads and shared:
@@ -405,6 +405,10 @@ def _step_of(file: Path) -> int:
 
 def _steps(step: int, most: int | None) -> str:
     return f"{step:,} of {most:,}" if most and most != step else f"{step:,}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _number(value: float | None, form: Callable[[float], str]) -> str:

@@ -58,8 +58,11 @@ class Chart:
         return f'<figure class="{kind}">{inner}</figure>'
 
     def data(self) -> dict[str, Any]:
-        """What the page's script draws; names are escaped, because plotly reads HTML in them."""
-        traces = [{**vars(trace), "name": escape(trace.name)} for trace in self.traces]
+        """What the page's script draws; names and categories are escaped: plotly reads HTML in them."""
+        traces = []
+        for trace in self.traces:
+            x = [escape(place) if isinstance(place, str) else place for place in trace.x]
+            traces.append({**vars(trace), "name": escape(trace.name), "x": x})
         return {"id": self.id, "traces": traces, "zero": self.zero, "marks": list(self.marks)}
 
 

@@ -37,6 +37,7 @@ def fit(run: Run) -> None:
             "start" if run.checkpoint is None else "resume",
             step=run.step,
             checkpoint=run.checkpoint,
+            parameters=run.engine.model.parameter_count,
             ranks=run.world.world_size,
             device=run.engine.device.type,
             precision=run.precision,
@@ -46,7 +47,8 @@ def fit(run: Run) -> None:
     for callback in run.callbacks:
         callback.on_start(run)
     if not run.finished:
-        with closing(run.dataset.batches(run.step + 1, run.world.rank, run.world.world_size)) as batches:
+        pin = run.engine.device.type == "cuda"
+        with closing(run.dataset.batches(run.step + 1, run.world.rank, run.world.world_size, pin)) as batches:
             _loop(run, batches)
     for callback in run.callbacks:
         callback.on_end(run)

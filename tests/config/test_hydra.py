@@ -178,6 +178,7 @@ def test_help_lists_groups_with_options_and_marks_the_choice(capfd: pytest.Captu
     assert out.startswith("A small door.\n\nExample:\n\n    python -m tests.config.small max_steps=3")
     assert "  model           small* tiny unset\n" in out
     assert "  model/position  none rope*\n" in out
+    assert "choose a file of a group below            experiment=long\n" in out
     assert main(["--help", "no_such=1"]) == 0
 
 

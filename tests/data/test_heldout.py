@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def test_every_target_once(
     documents: Documents, shards: list[list[int]], rows: int, limit: int | None
 ) -> None:
     held_out = held_out_batches(numbered(shards), L, rows, limit, documents)
-    lengths = sum(shards, [])[:limit]
+    lengths = list(chain(*shards))[:limit]
     first_tokens = set(np.cumsum([0, *lengths]).tolist()) if documents == "separate" else {0}
     expected = [token for token in range(sum(lengths)) if token not in first_tokens]
     targets = [t for batch in held_out for t in batch.labels.flatten().tolist() if t != -100]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,7 @@ def rows_of(source: ArraySource, windows: int, seq_len: int = L) -> list[Row]:
 
 def written_out(shards: list[list[int]], windows: int, documents: Documents) -> dict[str, list[int]]:
     """The batch token by token, from the document that each token belongs to: the reference."""
-    document = [number for number, length in enumerate(sum(shards, [])) for _ in range(length)]
+    document = [number for number, length in enumerate(chain(*shards)) for _ in range(length)]
     expected: dict[str, list[int]] = {"labels": [], "position_ids": [], "cu_seqlens": []}
     for start in range(0, windows * L, L):
         position = 0

@@ -206,6 +206,14 @@ def test_prepared_shards_as_a_source(tmp_path: Path) -> None:
         )
 
 
+def test_every_missing_input_is_named_at_once(tmp_path: Path) -> None:
+    sources = {name: {"path": str(tmp_path / f"{name}.jsonl"), "weight": 1.0} for name in "ab"}
+    with pytest.raises(UserError) as caught:
+        prepare(data(sources), BYTES, tmp_path / "cache")
+    starts = [f"data.sources.{name}.path={tmp_path / name}.jsonl: no file matches" for name in "ab"]
+    assert all(line.startswith(start) for line, start in zip(caught.value.lines, starts, strict=True))
+
+
 def test_batches_keep_order_and_size() -> None:
     documents = [Document("x" * n, "f", n, 0) for n in (5, 5, 30, 1, 2)]
     assert [[d.row for d in batch] for batch in batches(iter(documents), 10)] == [[5, 5], [30], [1, 2]]
@@ -232,10 +240,13 @@ from llmtrain.data.config import DataConfig
 from llmtrain.data.prepare import prepare
 from llmtrain.tokenizer import BytesTokenizer, TokenizerConfig
 
+def log(word):
+    with open(sys.argv[3], "a") as file:
+        file.write(word + "\\n")
+
 class Slow(BytesTokenizer):
     def encode_batch(self, texts):
-        with open(sys.argv[3], "a") as log:
-            log.write("batch\\n")
+        log("batch")
         time.sleep(float(sys.argv[4]))
         return super().encode_batch(texts)
 
@@ -248,6 +259,7 @@ if __name__ == "__main__":
     llmtrain.data.prepare.BATCH_BYTES = 2000
     source = {"one": {"path": sys.argv[1], "weight": 1.0}}
     keys = dict(documents="separate", boundary="bos_eos", shuffle_span=1, validation_fraction=0.2)
+    log("asks")
     prepared = prepare(DataConfig(sources=source, **keys), SlowConfig(), Path(sys.argv[2]))
     print(prepared.sources["one"].train)
 """
@@ -289,11 +301,12 @@ def test_a_killed_preparation_is_begun_again(slow: Path, tmp_path: Path) -> None
 
 def test_two_processes_at_once_do_the_work_once(slow: Path, tmp_path: Path) -> None:
     file = write_texts(tmp_path / "a.jsonl", some_texts(400))
-    processes = [start(slow, file, 0.05) for _ in range(2)]
+    processes = [start(slow, file, 0.4) for _ in range(2)]
     answers = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert answers[0] == answers[1] != ""
     count = batches_done(tmp_path / "log")
+    assert "asks" in (tmp_path / "log").read_text().splitlines()[1:-1]  # they did want it at the same time
     (tmp_path / "log").unlink()
     alone = write_texts(tmp_path / "b.jsonl", some_texts(400))
     start(slow, alone, 0).communicate(timeout=60)

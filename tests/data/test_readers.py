@@ -118,7 +118,7 @@ def test_huggingface_streams_and_takes_a_subset(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(jsonl(["from two"]))
     for subset in ("one", "two"):
         assert texts_of(source(tmp_path, format="huggingface", subset=subset)) == [f"from {subset}"]
-    with pytest.raises(UserError, match="format huggingface"):
+    with pytest.raises(UserError, match=r"Hugging Face dataset .*three"):
         texts_of(source(tmp_path, format="huggingface", subset="three"))
 
 
@@ -126,7 +126,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"nobody/nothing .*is the Hub reachable"):
+    with pytest.raises(UserError, match=r"nobody/nothing: .*is the Hub reachable"):
         texts_of(source("nobody/nothing", format="huggingface"))
 
 
@@ -144,6 +144,14 @@ def test_directories_and_globs_are_sorted(tmp_path: Path) -> None:
     assert texts_of(source(tmp_path / "*" / "*.jsonl")) == ordered
     assert texts_of(source(tmp_path / "**" / "1*.jsonl")) == ["b/10.jsonl"]
     assert texts_of(source(tmp_path / "b" / "*.bin", format="text")) == ["\0"]
+    (tmp_path / "many").mkdir()
+    for number in (7 * i % 32 for i in range(32)):
+        (tmp_path / "many" / f"{number:02d}.txt").write_text(f"{number}")
+    assert (
+        texts_of(source(tmp_path / "many"))
+        == texts_of(source(tmp_path / "many/*"))
+        == list(map(str, range(32)))
+    )
 
 
 def test_text_key(tmp_path: Path) -> None:

@@ -33,41 +33,56 @@ def run(environment: dict[str, str], *arguments: str, **variables: str) -> subpr
     )
 
 
-def test_overrides_arrive_unchanged_at_every_rank(environment, stand_in):
-    overrides = [
-        "name=a b",
-        "data.sources={web:{path:/a,weight:1}}",
-        "run.name=${model.d_model}-x",
-        'k="q\'s"',
-    ]
-    result = run(environment, *overrides, ANSWER="2")
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def launcher(environment, tmp_path) -> dict[str, str]:
+    """A machine without GPUs and with a launcher that only notes its arguments in `called`."""
+    note = f'echo "${{CUDA_VISIBLE_DEVICES-unset}} ${{DS_ACCELERATOR-unset}} $*" >{tmp_path}/called'
+    executable(tmp_path / "bin" / "deepspeed", note)
+    executable(tmp_path / "bin" / "nvidia-smi", "exit 9")
+    return environment | {"PATH": f"{tmp_path}/bin:{environment['PATH']}"}
+
+
+@pytest.fixture
+def gpus(launcher, tmp_path) -> dict[str, str]:
+    """The same with GPUs, as far as nvidia-smi says, enough for two ranks."""
+    executable(tmp_path / "bin" / "nvidia-smi", 'echo "GPU 0: NVIDIA H200 (UUID: GPU-1)"')
+    return launcher | {"ANSWER": "2"}
+
+
+def test_every_rank_has_the_overrides_unchanged_and_the_terminal(environment, stand_in):
+    """Through the real launcher; rich draws its progress bar on a terminal only."""
+    overrides = ["name=a b", "data.sources={web:{path:/a,weight:1}}", "run=${model.d_model}-x", 'k="q\'s"']
+    ours, theirs = pty.openpty()
+    job = subprocess.run(
+        ["bash", LOCAL, *overrides],
+        env=environment | {"ANSWER": "2"},
+        cwd=stand_in,
+        stdout=theirs,
+        stderr=theirs,
+        timeout=120,
+    )
+    os.close(theirs)
+    assert job.returncode == 0
     for rank in (0, 1):
         note = json.loads((stand_in / f"started-{rank}").read_text())
         assert [word for word in note["argv"] if not word.startswith("--local_rank")] == overrides
         assert note["environment"]["WORLD_SIZE"] == "2"
-    assert result.stdout + result.stderr == ""  # the launcher has nothing to say to the user
-
-
-def test_a_rank_sees_the_terminal(environment, stand_in):
-    """rich draws its progress bar only on one; the session of its own must not take it away."""
-    ours, theirs = pty.openpty()
-    subprocess.run(["bash", LOCAL], env=environment, stdout=theirs, stderr=theirs, timeout=120, check=True)
-    os.close(theirs)
+        assert note["tty"] is True
+    os.set_blocking(ours, False)
+    with pytest.raises(OSError):  # nothing to read: the launcher has nothing to say to the user
+        os.read(ours, 1)
     os.close(ours)
-    assert json.loads((stand_in / "started-0").read_text())["tty"] is True
 
 
 def test_a_rank_that_fails_gives_its_code(environment):
     assert run(environment, CODE="87").returncode == 87
 
 
-def test_a_config_mistake_ends_before_anything_starts(environment, stand_in, tmp_path):
-    executable(tmp_path / "bin" / "deepspeed", f"touch {tmp_path}/launched")
-    result = run(environment, "typo", PATH=f"{tmp_path}/bin:{environment['PATH']}")
+def test_a_config_mistake_ends_before_anything_starts(launcher, tmp_path):
+    result = run(launcher, "typo")
     assert result.returncode == 78
     assert result.stderr == "typo: no such key\n"
-    assert not (tmp_path / "launched").exists()
+    assert not (tmp_path / "called").exists()
 
 
 @pytest.mark.parametrize("flag", ["--help", "--cfg=job", "--info", "-m"])
@@ -76,19 +91,12 @@ def test_questions_to_hydra_need_no_launcher(environment, stand_in, flag):
     assert json.loads((stand_in / "started-alone").read_text())["argv"] == ["a=1", flag]
 
 
-def test_ranks_are_ours_to_choose(environment, stand_in):
-    assert run(environment, LLMTRAIN_RANKS="none").returncode == 78
-    assert run(environment, LLMTRAIN_RANKS="2", ANSWER="7").returncode == 0
-    assert json.loads((stand_in / "started-1").read_text())["environment"]["WORLD_SIZE"] == "2"
-
-
-@pytest.fixture
-def gpus(environment, tmp_path) -> dict[str, str]:
-    """A machine with GPUs, as far as nvidia-smi says, and a launcher that only notes its arguments."""
-    executable(tmp_path / "bin" / "nvidia-smi", 'echo "GPU 0: NVIDIA H200 (UUID: GPU-1)"')
-    note = f'echo "${{CUDA_VISIBLE_DEVICES-unset}} ${{DS_ACCELERATOR-unset}} $*" >{tmp_path}/called'
-    executable(tmp_path / "bin" / "deepspeed", note)
-    return environment | {"PATH": f"{tmp_path}/bin:{environment['PATH']}", "ANSWER": "2"}
+def test_ranks_are_ours_to_choose(launcher, tmp_path):
+    assert run(launcher, LLMTRAIN_RANKS="none").returncode == 78
+    assert run(launcher, LLMTRAIN_RANKS="2", ANSWER="7", MASTER_PORT="29501").returncode == 0
+    called = (tmp_path / "called").read_text()
+    assert called.startswith("unset cpu ")
+    assert "--master_port 29501 --num_gpus 2 --module llmtrain.train" in called
 
 
 @pytest.mark.parametrize(
@@ -129,15 +137,9 @@ def test_ctrl_c_through_the_script_leaves_nothing(start, stand_in):
     assert stand_ins(stand_in) == []
 
 
-def test_quickstart_is_local_with_the_experiment(environment, stand_in):
-    result = subprocess.run(
-        ["bash", LAUNCH / "quickstart.sh", "max_steps=3"],
-        env=environment,
-        cwd=stand_in,
-        capture_output=True,
-        text=True,
-    )
+def test_quickstart_is_local_with_the_experiment(launcher, tmp_path):
+    command = ["bash", LAUNCH / "quickstart.sh", "max_steps=3"]
+    result = subprocess.run(command, env=launcher, cwd=tmp_path / "stand_in", capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    argv = json.loads((stand_in / "started-0").read_text())["argv"]
-    assert argv[-2:] == ["experiment=quickstart", "max_steps=3"]
+    assert (tmp_path / "called").read_text().endswith(" llmtrain.train experiment=quickstart max_steps=3\n")
     assert result.stdout.count("\n") == 1

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import signal
 import sys
+import time
 
 import psutil
 import pytest
@@ -43,32 +44,62 @@ def test_exit_codes_as_a_shell_says_them():
     assert {code: module().shell_code(code) for code in codes} == codes
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_reaches_each_rank_once_and_their_code_comes_back(start, stand_in, port, number):
+def notes(folder, kind: str) -> list:
+    """What both ranks noted."""
+    return [json.loads((folder / f"{kind}-{rank}").read_text()) for rank in (0, 1)]
+
+
+def test_a_signal_reaches_each_rank_once_and_their_code_comes_back(start, stand_in, port):
     job = start(*DEEPSPEED, f"--master_port={port}", "--module", "llmtrain.train", MODE="orderly")
     wait_for(stand_in / "started-0", stand_in / "started-1")
-    job.send_signal(number)
+    job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 85, errors
-    sent = signal.SIGTERM if number == signal.SIGHUP else number
-    assert [json.loads((stand_in / f"signals-{rank}").read_text()) for rank in (0, 1)] == [[sent], [sent]]
+    assert notes(stand_in, "signals") == [[signal.SIGTERM], [signal.SIGTERM]]
     assert stand_ins(stand_in) == []
-    assert number.name in errors
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 137), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("victim", ["runner", "node"])
+@pytest.mark.parametrize(
+    ("number", "sent"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")]
+)
+def test_what_the_ranks_are_told(start, stand_in, number, sent):
+    """A lost terminal asks for an orderly stop."""
+    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="orderly")
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    job.send_signal(signal.Signals[number])
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 85, errors
+    assert notes(stand_in, "signals") == [[signal.Signals[sent]]] * 2
+    assert number in errors
+
+
+@pytest.mark.parametrize(
+    ("generation", "number", "code"),
+    [(0, signal.SIGKILL, 1), (1, signal.SIGTERM, 143)],
+    ids=["node", "runner"],
+)
 def test_ranks_do_not_outlive_a_launcher_and_its_death_is_no_success(
-    start, stand_in, port, victim, number, code
+    start, stand_in, port, generation, number, code
 ):
+    """`deepspeed` answers 0 when its per-node child is killed, and its ranks train on."""
     job = start(*DEEPSPEED, f"--master_port={port}", "--module", "llmtrain.train", MODE="endless")
     wait_for(stand_in / "started-0", stand_in / "started-1")
-    rank = psutil.Process(json.loads((stand_in / "started-0").read_text())["pid"])
-    node, runner = rank.parents()[:2]
-    (runner if victim == "runner" else node).send_signal(number)
+    rank = psutil.Process(notes(stand_in, "started")[0]["pid"])
+    rank.parents()[generation].send_signal(number)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == (code if victim == "runner" else 1), errors
+    assert job.returncode == code, errors
     assert stand_ins(stand_in) == []
+
+
+def test_a_killed_supervisor_takes_its_ranks_along(start, stand_in):
+    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="orderly")
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    job.kill()
+    wait_for(stand_in / "signals-0", stand_in / "signals-1")
+    deadline = time.monotonic() + 20
+    while stand_ins(stand_in):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_signal_before_there_are_ranks_ends_the_launcher(start, stand_in, port):
@@ -99,7 +130,7 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace_time(start, stand_in)
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=30)
     assert job.returncode == 137
-    assert json.loads((stand_in / "signals-0").read_text()) == [signal.SIGTERM]
+    assert notes(stand_in, "signals") == [[signal.SIGTERM], [signal.SIGTERM]]
     assert stand_ins(stand_in) == []
 
 

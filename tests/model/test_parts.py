@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.model import kernels
 from llmtrain.model.documents import Documents
@@ -90,18 +92,38 @@ def test_layers_share_one_mask(
     assert masks[0].shape == (2 if packed else 1, heads, SEQ_LEN, SEQ_LEN)
 
 
-def test_documents_against_a_loop() -> None:
-    documents = Documents(2, SEQ_LEN, torch.tensor(PACKED, dtype=torch.int32), CPU)
-    owner = [max(n for n, start in enumerate(PACKED) if start <= position) for position in range(2 * SEQ_LEN)]
+@pytest.mark.parametrize("starts", [PACKED, [0, 24, 48], [0, 5, 24, 48], [0, 24, 47, 48]], ids=str)
+def test_documents_against_a_loop(starts: list[int]) -> None:
+    documents = Documents(2, SEQ_LEN, torch.tensor(starts, dtype=torch.int32), CPU)
+    assert documents.one_per_row == (starts == [0, 24, 48])
+    owner = [max(n for n, start in enumerate(starts) if start <= position) for position in range(2 * SEQ_LEN)]
     for row in range(2):
         mine = owner[row * SEQ_LEN : (row + 1) * SEQ_LEN]
         expected = [[j <= i and mine[i] == mine[j] for j in range(SEQ_LEN)] for i in range(SEQ_LEN)]
-        assert documents.allowed[row, 0].tolist() == expected
-    slopes = torch.tensor([0.5, 0.25])
-    bias = documents.bias(slopes, torch.float32)
+        assert documents.allowed.expand(2, -1, -1, -1)[row, 0].tolist() == expected
+
+
+def test_the_bias_falls_with_distance_and_ends_with_the_document() -> None:
+    documents = Documents(2, SEQ_LEN, torch.tensor(PACKED, dtype=torch.int32), CPU)
+    bias = documents.bias(torch.tensor([0.5, 0.25]), torch.float32)
     assert bias.shape == (2, 2, SEQ_LEN, SEQ_LEN)
     assert bias[1, 1, 5, 2] == -0.75
     assert bias[0, 0, 6, 5] == float("-inf")
+
+
+def test_the_softmax_of_eager_is_fp32_for_bf16_heads() -> None:
+    seen: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "softmax" in str(function):
+                seen.append(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 2, 5, 4).bfloat16()
+    with Watch():
+        out = kernels.eager(q, q, q, None, Documents(1, 5, None, CPU))
+    assert (seen, out.dtype) == ([torch.float32], torch.bfloat16)
 
 
 def test_repeated_heads_are_grouped_heads() -> None:

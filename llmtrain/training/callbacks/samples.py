@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from llmtrain.training.callbacks.base import Run
 
 logger = logging.getLogger(__name__)
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class SampleConfig(Config):
@@ -46,7 +49,7 @@ class SampleCallback:
         if run.world.is_main:
             write_atomically(run.directory.samples / f"step_{step:08d}.txt", text)
             if last:
-                logger.info("samples after step %d:\n%s", step, text.rstrip())
+                logger.info("samples after step %d:\n%s", step, printable(text.rstrip()))
 
     def on_end(self, run: Run) -> None:
         pass
@@ -68,6 +71,11 @@ class SampleCallback:
             )
             parts.append(f"--- prompt {number + 1}: {prompt!r}\n{prompt}{run.tokenizer.decode(new)}\n")
         return "\n".join(parts)
+
+
+def printable(text: str) -> str:
+    """Text that is safe on a terminal: a young model also writes escape sequences. Newlines and tabs stay."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, boundary: str) -> list[int]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from llmtrain import distributed
+from llmtrain.training.engine.config import ResolvedPrecision
 
 
 @contextmanager
@@ -33,18 +38,38 @@ def allow_state_classes() -> Iterator[None]:
             os.environ[name] = before
 
 
-def consolidated_weights(directory: Path, stage: int) -> dict[str, torch.Tensor]:
+def consolidated_weights(
+    directory: Path, stage: int, precision: ResolvedPrecision
+) -> dict[str, torch.Tensor]:
     """The whole model's fp32 weights by parameter name, from a checkpoint's engine files on the CPU.
 
     Needs neither the ranks nor the device that wrote them.
     """
+    distributed.quiet_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with allow_state_classes():
+    with allow_state_classes(), redirect_stdout(io.StringIO()):  # it prints as it goes
         if stage == 0:
-            state = torch.load(
-                directory / "engine" / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True
-            )["module"]
+            state = _load(directory / "engine" / "mp_rank_00_model_states.pt")["module"]
+        elif stage == 1 and precision == "bf16":
+            state = _of_bf16_optimizer(directory / "engine")
         else:
             state = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="engine")
     return {name: tensor.float() for name, tensor in state.items()}
+
+
+def _of_bf16_optimizer(directory: Path) -> dict[str, torch.Tensor]:
+    """The masters that DeepSpeed's BF16_Optimizer saved.
+
+    They are laid out as under ZeRO 1, but without the mark by which DeepSpeed's own reader knows the stage.
+    """
+    from deepspeed.utils import zero_to_fp32 as reader
+
+    optimizers = [_load(Path(file))["optimizer_state_dict"] for file in reader.get_optim_files(str(directory))]
+    groups = [optimizer["single_partition_of_fp32_groups"] for optimizer in optimizers]
+    models = reader.parse_model_states(reader.get_model_state_files(str(directory)))
+    return reader._get_fp32_state_dict_from_zero2_checkpoint(len(optimizers), groups, models, False)
+
+
+def _load(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)

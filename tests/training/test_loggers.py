@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain.training import loggers
+from llmtrain.training.loggers import (
+    LoggerConfig,
+    ProgressBar,
+    ProgressLines,
+    WandbConfig,
+    WandbLogger,
+    describe,
+    duration,
+    short,
+)
+from llmtrain.training.run_directory import RunDirectory
+
+OFFLINE = WandbConfig(mode="offline", project="llmtrain-tests")
+
+
+def line(step: int, **more: Any) -> dict[str, Any]:
+    fixed = {
+        "train/loss": 5.0 / step,
+        "train/lr": 1e-3,
+        "perf/tokens_per_second": 12345.6,
+        "perf/step_seconds": 2.0,
+    }
+    return {"step": step, **fixed, **more}
+
+
+# Console
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def test_lines_are_throttled_but_the_first_the_last_and_evaluations_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, stream = Clock(monkeypatch), io.StringIO()
+    progress = ProgressLines(100, stream)
+    for step in range(1, 101):
+        clock.now += 0.5
+        progress.log(line(step, **({"eval/loss": 4.0, "eval/bits_per_byte": 1.5} if step == 7 else {})))
+        if step == 99:
+            clock.now -= 0.5  # the last line comes too soon after one that was shown, and is shown at once
+    shown = [int(found) for found in re.findall(r"^step (\d+)/100", stream.getvalue(), re.MULTILINE)]
+    assert shown == [1, 5, 7, *range(11, 100, 4), 100]
+    assert "held out after step 7: loss 4.0000, 1.5000 bits per byte\n" in stream.getvalue()
+
+
+def test_a_run_that_stops_early_shows_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    stream = io.StringIO()
+    progress = ProgressLines(100, stream)
+    for step in (1, 2, 3):
+        progress.log(line(step))
+    progress.close()
+    progress.close()
+    assert re.findall(r"^step (\d+)/", stream.getvalue(), re.MULTILINE) == ["1", "3"]
+
+
+def test_time_left_is_the_mean_pace_since_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stream = Clock(monkeypatch), io.StringIO()
+    progress = ProgressLines(1000, stream)
+    for step, seconds in ((501, 60.0), (511, 30.0), (521, 50.0)):  # resumed after 500; the start was slow
+        clock.now += seconds
+        progress.log(line(step))
+    lefts = re.findall(r"  (\S+) left", stream.getvalue())
+    # 499 steps at the step's own 2 s; 489 at 30 s for 10 steps; 479 at 80 s for 20.
+    assert (
+        lefts
+        == [duration(499 * 2.0), duration(489 * 3.0), duration(479 * 4.0)]
+        == ["16:38", "24:27", "31:56"]
+    )
+
+
+@pytest.mark.parametrize("loss", [None, float("nan")])
+def test_a_loss_that_is_not_finite_is_said_so(loss: float | None) -> None:
+    assert describe(line(1, **{"train/loss": loss})) == "loss not finite  lr 1.0e-03  12.3k tok/s"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (7, "7"), (0.123, "0.12"), (950, "950"), (999.6, "1.00k"), (1000, "1.00k"), (12345.6, "12.3k"),
+     (99960, "100k"), (123456, "123k"), (4_560_000, "4.56M"), (1.5e9, "1.50B"), (3e12, "3.00T")],
+)  # fmt: skip
+def test_short_numbers(number: float, text: str) -> None:
+    assert short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (3661, "1:01:01"), (2 * 86400 + 3661, "2d 01:01:01")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+TERMINAL = """
+import logging, sys, tempfile
+from types import SimpleNamespace
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from llmtrain.training.loggers import LoggerConfig
+from llmtrain.training.run_directory import RunDirectory
+config = LoggerConfig.model_validate({"progress": sys.argv[1], "wandb": {"mode": "disabled", "project": "p"}})
+found = config.build(RunDirectory(tempfile.mkdtemp()), SimpleNamespace(max_steps=3))
+print([type(logger).__name__ for logger in found], flush=True)
+for step in (1, 2, 3):
+    for logger in found:
+        evaluation = {"eval/loss": 2.5, "eval/bits_per_byte": 1.25} if step == 3 else {}
+        perf = {"perf/tokens_per_second": 950.0, "perf/step_seconds": 0.1}
+        logger.log({"step": step, "train/loss": 1.5, **perf, **evaluation})
+    logging.info("a record after step %d", step)
+for logger in found:
+    logger.close()
+logging.info("a record after the end")
+"""
+
+
+def on_a_terminal(progress: str) -> str:
+    """What a person sees who trains on a terminal."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, progress], stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            seen += chunk
+    except OSError:  # the other side is closed
+        pass
+    assert process.wait() == 0, seen.decode()
+    os.close(ours)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode()).replace("\r\n", "\n")
+
+
+def test_a_terminal_has_a_bar_and_log_records_stay_whole_above_it() -> None:
+    seen = on_a_terminal("auto")
+    assert "['ProgressBar']" in seen
+    assert re.search(r"step 3/3 .*loss 1\.5000 .*950 tok/s .*0:00 left", seen)
+    for record in ("a record after step 1", "a record after step 3", "a record after the end"):
+        assert re.search(rf"(^|\r){record} *$", seen, re.MULTILINE), seen
+    assert "held out after step 3: loss 2.5000, 1.2500 bits per byte" in seen
+
+
+@pytest.mark.parametrize(("progress", "names"), [("lines", "['ProgressLines']"), ("none", "[]")])
+def test_the_progress_key_chooses(progress: str, names: str) -> None:
+    seen = on_a_terminal(progress)
+    assert names in seen
+    assert ("step 3/3  loss 1.5000" in seen) == (progress == "lines")
+
+
+def test_without_a_terminal_there_are_plain_lines() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", TERMINAL, "auto"], capture_output=True, text=True, check=True
+    )
+    assert "['ProgressLines']" in result.stdout
+    assert result.stderr.splitlines()[0] == "step 1/3  loss 1.5000  950 tok/s  0:00 left"
+    assert "\x1b" not in result.stderr
+
+
+def test_the_bar_of_a_stream_that_is_no_terminal_ends_with_the_last_step() -> None:
+    stream = io.StringIO()
+    bar = ProgressBar(3, stream)
+    bar.log(line(3))
+    bar.close()
+    assert "3/3" in stream.getvalue()
+
+
+# wandb
+
+
+def read_records(file: Path) -> Iterator[Any]:
+    """The records of a .wandb file: a LevelDB log of 32 KiB blocks after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = file.read_bytes()
+    assert data[:4] == b":W&B"
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        room = 32768 - place % 32768
+        if room < 7:  # a header does not cross blocks
+            place += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        if kind == 0:
+            break
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # full, last
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(record)
+            yield message
+            record = b""
+
+
+def offline_files(path: Path) -> list[Path]:
+    return sorted(path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def history(file: Path) -> list[dict[str, Any]]:
+    """The logged lines of a .wandb file, wandb's own keys left out."""
+    lines = []
+    for record in read_records(file):
+        if record.WhichOneof("record_type") == "history":
+            items = {
+                (".".join(item.nested_key) or item.key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            lines.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return lines
+
+
+def test_offline_wandb_has_the_same_lines_and_a_resumed_run_the_same_id(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    lines = [line(step, **{"train/loss/code": 0.1 * step, "eval/bits_per_byte": 1 / 3}) for step in (1, 2, 3)]
+    config = {"seq_len": 64, "hub": {"hf_token": "canary"}}
+    for part in (lines[:2], lines[2:]):
+        logger = WandbLogger(directory, OFFLINE, "a name", config)
+        for one in part:
+            logger.log(one)
+        logger.close()
+        time.sleep(1.1)  # wandb names its folders by the second
+    first, second = offline_files(directory.path)
+    assert history(first) + history(second) == lines
+    runs = [
+        next(r.run for r in read_records(file) if r.WhichOneof("record_type") == "run")
+        for file in (first, second)
+    ]
+    assert {run.run_id for run in runs} == {(directory.path / "wandb" / "id").read_text().strip()}
+    assert {(run.project, run.display_name) for run in runs} == {("llmtrain-tests", "a name")}
+    stored = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    assert stored["seq_len"] == 64
+    assert not [
+        file for file in directory.path.rglob("*") if file.is_file() and b"canary" in file.read_bytes()
+    ]
+
+
+OUTAGE = """
+import json, logging, sys, time
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+from llmtrain.training.loggers import WandbConfig, WandbLogger
+from llmtrain.training.run_directory import RunDirectory
+began = time.perf_counter()
+logger = WandbLogger(RunDirectory(sys.argv[1]), WandbConfig(mode="online", project="p"), "n", {"a": 1})
+slowest = 0.0
+for step in range(1, 51):
+    before = time.perf_counter()
+    logger.log({"step": step, "train/loss": 1 / step})
+    slowest = max(slowest, time.perf_counter() - before)
+logged = time.perf_counter() - began
+before = time.perf_counter()
+logger.close()
+print(json.dumps({"slowest": slowest, "logged": logged, "close": time.perf_counter() - before}))
+"""
+
+
+def run_outage(path: Path, argument: str = "", **environment: str) -> tuple[dict[str, float], str, float]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    began = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", OUTAGE, str(path), argument],
+        capture_output=True, text=True, check=True, timeout=90, stdin=subprocess.DEVNULL,
+        env={**kept, "HOME": str(path.parent), **environment},
+    )  # fmt: skip
+    return json.loads(result.stdout.splitlines()[-1]), result.stderr, time.perf_counter() - began
+
+
+def test_an_outage_costs_no_step_and_few_seconds_at_the_end(tmp_path: Path) -> None:
+    key, url = "0123456789" * 4, "http://127.0.0.1:9"
+    seconds, stderr, whole = run_outage(tmp_path / "run", "+x=canary", WANDB_API_KEY=key, WANDB_BASE_URL=url)
+    assert seconds["slowest"] < 0.5, "a step waited for wandb"
+    assert seconds["close"] < loggers.FINISH_SECONDS + 1
+    assert whole < loggers.FINISH_SECONDS + 20  # the rest is starting Python on a busy machine
+    warnings = [text for text in stderr.splitlines() if text.startswith("WARNING")]
+    assert len(warnings) == 1 and "wandb" in warnings[0], stderr
+    assert "Traceback" not in stderr
+    if "records offline" in warnings[0]:  # else this machine took longer to find out than a run may wait
+        (file,) = offline_files(tmp_path / "run")
+        assert history(file) == [{"step": step, "train/loss": 1 / step} for step in range(1, 51)]
+    written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert not [data for data in written if b"canary" in data or key.encode() in data]
+
+
+def test_online_without_a_key_falls_back_at_once_and_asks_nobody(tmp_path: Path) -> None:
+    seconds, stderr, _ = run_outage(tmp_path / "run")
+    assert seconds["close"] < loggers.CONNECT_SECONDS
+    assert re.search(r"^WARNING wandb records offline .*No API key", stderr, re.MULTILINE), stderr
+    (file,) = offline_files(tmp_path / "run")
+    assert len(history(file)) == 50
+
+
+def test_a_wandb_that_cannot_be_imported_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    logger = WandbLogger(RunDirectory(tmp_path), OFFLINE, "n", {})
+    logger.log(line(1))
+    logger.close()
+    logger.log(line(2))
+    assert [record.getMessage()[:40] for record in caplog.records] == [
+        "wandb is off, metrics.jsonl has every li"
+    ]
+
+
+def test_a_wandb_that_does_not_finish_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stuck:
+        def log(self, line: dict[str, Any], step: int) -> None:
+            pass
+
+        def finish(self) -> None:
+            time.sleep(3)
+
+    monkeypatch.setattr(loggers, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(WandbLogger, "_start", lambda self: Stuck())
+    logger = WandbLogger(RunDirectory(tmp_path), OFFLINE, "n", {})
+    logger.log(line(1))
+    began = time.perf_counter()
+    logger.close()
+    assert time.perf_counter() - began < 1
+    assert "did not finish" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"), [(None, "disabled"), ("offline", "offline"), ("online", "online")]
+)
+def test_the_yaml_is_whole_and_wandb_is_off_unless_asked_for(
+    environment: str | None, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from omegaconf import OmegaConf
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if environment:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    values = OmegaConf.load(Path(__file__).parents[2] / "conf" / "logger" / "default.yaml")
+    config = LoggerConfig.model_validate(OmegaConf.to_container(values, resolve=True))
+    assert (config.progress, config.wandb.mode) == ("auto", mode)
+
+
+def test_loggers_import_neither_wandb_nor_rich_nor_plotly() -> None:
+    code = "import sys, llmtrain.training.loggers, llmtrain.training.report; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"wandb", "rich", "plotly"} & set(modules)

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain.config import Config, ExitCode, UserError
+from llmtrain.training.run_directory import LEFT_OUT, RunDirectory, redact
+
+HOLD = """
+import sys, time
+from llmtrain.training.run_directory import RunDirectory
+run = RunDirectory(sys.argv[1])
+run.lock()
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "runs" / "first")
+    directory.path.mkdir(parents=True)
+    return directory
+
+
+# Lines
+
+
+@given(st.floats(), st.floats())
+def test_a_line_keeps_every_bit_and_what_is_not_finite_is_null(
+    tmp_path_factory: pytest.TempPathFactory, one: float, other: float
+) -> None:
+    run = RunDirectory(tmp_path_factory.mktemp("run"))
+    run.append_metrics({"step": 1, "a": one, "nested": {"b": [other]}})
+    (line,) = run.read_metrics()
+    for wrote, read in ((one, line["a"]), (other, line["nested"]["b"][0])):
+        assert read == wrote if math.isfinite(wrote) else read is None
+
+
+def test_scalars_of_numpy_and_torch_become_numbers(run: RunDirectory) -> None:
+    import numpy as np
+
+    run.append_metrics(
+        {"step": np.int64(3), "a": torch.tensor(0.5), "b": np.float32("nan"), "c": np.float64(1e-17)}
+    )
+    assert run.read_metrics() == [{"step": 3, "a": 0.5, "b": None, "c": 1e-17}]
+
+
+def test_lines_of_several_writers_never_mix(run: RunDirectory) -> None:
+    """A line is one write at the end of the file, however long it is and whoever writes beside."""
+    text = "x" * 50_000
+
+    def write(writer: int) -> None:
+        for _ in range(20):
+            run.append_event("save", writer=writer, text=text)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    events = run.read_events()
+    assert sorted(event["writer"] for event in events) == sorted([0, 1, 2, 3] * 20)
+
+
+def test_an_event_says_when_and_what(run: RunDirectory) -> None:
+    run.append_event("save", step=7, path="checkpoints/step_00000007")
+    (event,) = run.read_events()
+    assert list(event) == ["time", "event", "step", "path"]
+    assert event["event"] == "save" and event["time"].endswith("+00:00")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"", b""),
+        (b'{"step": 1}\n', b'{"step": 1}\n'),
+        (b'{"step": 1}\n{"st', b'{"step": 1}\n'),
+        (b'{"step": 1', b""),
+        (b'{"step": 1}\n' + b"y" * 200_000, b'{"step": 1}\n'),
+        (b"y" * 65_536, b""),
+    ],
+)
+def test_an_unterminated_last_line_is_cut_and_the_next_line_is_whole(
+    run: RunDirectory, before: bytes, after: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.metrics.write_bytes(before)
+    run.cut_unterminated()
+    assert run.metrics.read_bytes() == after
+    assert bool(caplog.records) == (before != after)
+    if caplog.records:
+        assert f"{len(before) - len(after)} bytes" in caplog.text
+    run.append_metrics({"step": 2})
+    assert run.read_metrics()[-1] == {"step": 2}
+
+
+def test_cutting_without_files_does_nothing(run: RunDirectory) -> None:
+    run.cut_unterminated()
+    assert not run.metrics.exists()
+
+
+def test_a_broken_line_is_named_and_an_unfinished_one_is_told(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.metrics.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a JSON object"):
+        run.read_metrics()
+    run.metrics.write_text('{"step": 1}\n{"step"')
+    assert run.read_metrics() == [{"step": 1}]
+    assert "not finished" in caplog.text
+
+
+# The lock
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_second_job_is_refused_in_one_line_and_a_killed_one_leaves_no_lock(run: RunDirectory) -> None:
+    other = hold(run.path)
+    try:
+        with pytest.raises(UserError) as error:
+            run.lock()
+        assert error.value.exit_code == ExitCode.LOCKED == 73
+        (line,) = str(error.value).splitlines()
+        assert f"process {other.pid} on {socket.gethostname()}" in line and str(run.path) in line
+        owner = json.loads((run.path / ".lock").read_text())
+        assert set(owner) == {"host", "pid", "boot_id", "started"}
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    run.lock()
+    assert json.loads((run.path / ".lock").read_text())["pid"] == os.getpid()
+    again = RunDirectory(run.path)
+    with pytest.raises(UserError, match=str(os.getpid())):
+        again.lock()
+    run.unlock()
+    again.lock()
+    again.unlock()
+
+
+def test_a_child_process_does_not_inherit_the_lock(run: RunDirectory) -> None:
+    run.lock()
+    sleep = "import time; print('up', flush=True); time.sleep(30)"
+    child = subprocess.Popen([sys.executable, "-c", sleep], close_fds=False, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == b"up\n"
+        run.unlock()
+        run.lock()
+    finally:
+        child.kill()
+        child.wait()
+        run.unlock()
+
+
+def test_an_older_run_is_set_aside_whole(run: RunDirectory) -> None:
+    run.lock()
+    assert run.set_aside() is None, "a lock alone is no older run"
+    for expected in ("first.1", "first.2"):
+        run.append_metrics({"step": 1, "where": expected})
+        place = run.set_aside()
+        assert place == run.path.with_name(expected)
+        assert RunDirectory(place).read_metrics() == [{"step": 1, "where": expected}]
+        assert [entry.name for entry in run.path.iterdir()] == [".lock"]
+        with pytest.raises(UserError):
+            RunDirectory(run.path).lock()
+        RunDirectory(place).lock()  # the old place is nobody's
+    run.unlock()
+
+
+def test_a_lock_taken_while_the_directory_is_set_aside_is_taken_on_the_new_one(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between open and flock the file may be renamed away: its lock would be another directory's."""
+    import fcntl
+
+    real, aside = fcntl.flock, run.path.with_name("aside")
+
+    def late(handle: int, how: int) -> None:
+        if not aside.exists():
+            run.path.rename(aside)
+            run.path.mkdir()
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    run.lock()
+    monkeypatch.undo()
+    with pytest.raises(UserError):
+        RunDirectory(run.path).lock()
+    RunDirectory(aside).lock()
+
+
+# Config, JSON, DONE
+
+
+class Inner(Config):
+    api_key: str
+    text_key: str
+    max_new_tokens: int
+    url: str
+
+
+class Outer(Config):
+    name: str
+    path: Path
+    inner: Inner
+    headers: dict[str, str]
+
+
+def test_the_config_is_written_without_secrets_and_with_everything_else(run: RunDirectory) -> None:
+    secrets = ["canary-one", "canary-two", "hf_canarycanarycanarycanary", "canary-three"]
+    config = Outer(
+        name=f"run with {secrets[2]} in it",
+        path=Path("a/b"),
+        inner=Inner(
+            api_key=secrets[0], text_key="content", max_new_tokens=7, url=f"s3://me:{secrets[3]}@host/x"
+        ),
+        headers={"auth_token": secrets[1], "tokenizer": "bytes"},
+    )
+    run.write_config(config)
+    text = run.config.read_text()
+    assert not [secret for secret in secrets if secret in text]
+    assert yaml.safe_load(text) == run.read_config()
+    assert run.read_config() == {
+        "name": f"run with {LEFT_OUT} in it",
+        "path": "a/b",
+        "inner": {
+            "api_key": LEFT_OUT,
+            "text_key": "content",
+            "max_new_tokens": 7,
+            "url": f"s3://{LEFT_OUT}@host/x",
+        },
+        "headers": {"auth_token": LEFT_OUT, "tokenizer": "bytes"},
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["key", "password", "hf_token", "WANDB_API_KEY", "client_secret", "aws_credentials"]
+)
+def test_names_of_secrets(name: str) -> None:
+    assert redact({name: "x"}) == {name: LEFT_OUT}
+
+
+@pytest.mark.parametrize(
+    "name", ["text_key", "tokens", "tokenizer", "max_new_tokens", "monkey", "keep", "keys"]
+)
+def test_names_that_only_look_like_secrets(name: str) -> None:
+    assert redact({name: "x", "n": 3, "none": None}) == {name: "x", "n": 3, "none": None}
+
+
+def test_json_is_replaced_whole_or_not_at_all(run: RunDirectory) -> None:
+    run.write_json("eval/heldout.json", {"loss": float("inf"), "path": Path("x")})
+    assert run.read_json("eval/heldout.json") == {"loss": None, "path": "x"}
+    unserialisable: Any = {"loss": object()}
+    with pytest.raises(TypeError):
+        run.write_json("eval/heldout.json", unserialisable)
+    assert run.read_json("eval/heldout.json") == {"loss": None, "path": "x"}
+    assert [entry.name for entry in run.eval.iterdir()] == ["heldout.json"]
+    assert run.read_json("eval/other.json") is None
+    (run.path / "data.json").write_text("{")
+    with pytest.raises(UserError, match=r"data\.json: not readable"):
+        run.read_json("data.json")
+
+
+def test_done_is_there_only_between_mark_and_clear(run: RunDirectory) -> None:
+    run.clear_done()
+    assert not run.done.exists()
+    run.mark_done()
+    assert run.done.exists()
+    run.clear_done()
+    assert not run.done.exists()
+
+
+def test_a_config_that_cannot_be_read_is_a_users_error(run: RunDirectory) -> None:
+    with pytest.raises(UserError, match="the directory of a run"):
+        run.read_config()
+    run.config.write_text("a: [")
+    with pytest.raises(UserError, match="YAML"):
+        run.read_config()
+    run.config.write_text("- a\n")
+    with pytest.raises(UserError, match="keys and values"):
+        run.read_config()
