@@ -20,8 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DOOR = "llmtrain.train"
 SERVER = "tests.ranks"
+WARM = (
+    "llmtrain.train",
+    "llmtrain.training.trainer",
+    "hydra",
+    "plotly.offline",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # deepspeed imports it at its first engine, and dynamo with it
+)
 
 
 def free_port() -> int:
@@ -94,7 +100,12 @@ class RankServer:
                 "MASTER_PORT": str(port),
                 **(env or {}),
             }
-            request = {"argv": list(arguments), "env": variables, "output": str(output), "cwd": str(directory)}
+            request = {
+                "argv": list(arguments),
+                "env": variables,
+                "output": str(output),
+                "cwd": str(directory),
+            }
             pids.append(self._ask(request))
             outputs.append(output)
         return Job(self, pids, outputs)
@@ -131,7 +142,7 @@ def serve() -> None:
 
     answers = os.fdopen(os.dup(1), "w")  # what libraries print at import must not get between the answers
     os.dup2(2, 1)
-    for module in ("torch", "deepspeed", "hydra", "numpy", "llmtrain.train", "llmtrain.training.trainer"):
+    for module in WARM:
         importlib.import_module(module)
     codes: dict[int, int | None] = {}
     for line in sys.stdin:

@@ -208,4 +208,9 @@ def build_model_engine(
 
 def _is_done(config: TrainConfig, directory: RunDirectory) -> bool:
     found = checkpoints(directory.checkpoints)
-    return directory.done.exists() and config.resume == "auto" and bool(found) and found[-1][0] >= config.max_steps
+    return (
+        directory.done.exists()
+        and config.resume == "auto"
+        and bool(found)
+        and found[-1][0] >= config.max_steps
+    )

@@ -105,9 +105,7 @@ def _differs(checkpoint: Path, name: str, saved: Any, current: Any) -> str:
     )
 
 
-def save_checkpoint(
-    directory: Path, engine: Engine, world: World, record: dict[str, Any], keep: int
-) -> Path:
+def save_checkpoint(directory: Path, engine: Engine, world: World, record: dict[str, Any], keep: int) -> Path:
     """Write the state after step `record["step"]` as a new checkpoint and drop all but the newest `keep`.
 
     Collective. A checkpoint of that step that stands already is replaced only by the finished new one.

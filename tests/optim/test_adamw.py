@@ -4,7 +4,9 @@ import torch
 
 from llmtrain.optim.adamw import AdamWConfig
 
-CONFIG = AdamWConfig(kind="adamw", lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5, gradient_clipping=1.0)
+CONFIG = AdamWConfig(
+    kind="adamw", lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5, gradient_clipping=1.0
+)
 
 
 def test_matrices_decay_and_gains_do_not():

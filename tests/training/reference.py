@@ -44,7 +44,9 @@ def reference_curve(overrides: Sequence[str], precision: str) -> Curve:
         total, gradients = 0.0, [torch.zeros_like(master) for master in masters]
         for part in batch.split(config.micro_batch_size):
             logits = model(part.input_ids, None, part.position_ids, part.cu_seqlens)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), part.labels.long().flatten(), reduction="sum")
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1), part.labels.long().flatten(), reduction="sum"
+            )
             (loss / targets).backward()
             total += loss.item()
             for gradient, weight in zip(gradients, weights, strict=True):

@@ -41,7 +41,9 @@ def test_two_ranks_in_fp32_equal_the_plain_loop(ranks, tiny, tmp_path, reference
     assert ours.grad_norms == pytest.approx(expected.grad_norms, rel=1e-3)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16_autocast"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "bf16_autocast"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
 def test_two_ranks_in_bf16_equal_the_plain_loop(ranks, tiny, tmp_path, reference, stage, precision):
     ranks.run([*tiny, f"deepspeed=zero{stage}", f"precision={precision}"], 2, tmp_path)
     assert curve(tmp_path / "run").losses == pytest.approx(reference("bf16").losses, abs=5e-3)

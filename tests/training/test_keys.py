@@ -126,9 +126,11 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
         ["scheduler.decay_ratio=0.9"],
         learning_rates,
     ),
-    "deepspeed.zero_optimization.stage": ([], ["deepspeed=zero3"], lambda run: sorted(
-        path.name for path in run.glob("checkpoints/*/engine/*")
-    )),
+    "deepspeed.zero_optimization.stage": (
+        [],
+        ["deepspeed=zero3"],
+        lambda run: sorted(path.name for path in run.glob("checkpoints/*/engine/*")),
+    ),
     "checkpoint.every": ([], ["checkpoint.every=3"], checkpoints),
     "checkpoint.keep": ([], ["checkpoint.keep=1"], checkpoints),
     "callbacks.evaluation.every": ([], ["callbacks.evaluation.every=2"], evaluations),
@@ -139,7 +141,11 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
     "callbacks.sample.temperature": ([], ["callbacks.sample.temperature=0"], sampled),
     "logger.progress": ([], ["logger.progress=lines"], console),
     "logger.wandb.mode": ([], ["logger.wandb.mode=offline"], wandb_folder),
-    "logger.wandb.project": (["logger.wandb.mode=offline"], ["logger.wandb.project=elsewhere"], wandb_project),
+    "logger.wandb.project": (
+        ["logger.wandb.mode=offline"],
+        ["logger.wandb.project=elsewhere"],
+        wandb_project,
+    ),
 }
 
 ELSEWHERE: dict[str, str] = {

@@ -65,7 +65,9 @@ def _of_bf16_optimizer(directory: Path) -> dict[str, torch.Tensor]:
     """
     from deepspeed.utils import zero_to_fp32 as reader
 
-    optimizers = [_load(Path(file))["optimizer_state_dict"] for file in reader.get_optim_files(str(directory))]
+    optimizers = [
+        _load(Path(file))["optimizer_state_dict"] for file in reader.get_optim_files(str(directory))
+    ]
     groups = [optimizer["single_partition_of_fp32_groups"] for optimizer in optimizers]
     models = reader.parse_model_states(reader.get_model_state_files(str(directory)))
     return reader._get_fp32_state_dict_from_zero2_checkpoint(len(optimizers), groups, models, False)
