@@ -211,7 +211,7 @@ def _init_deepspeed(backend: str) -> None:
 
 
 def quiet_deepspeed() -> None:
-    """Call it before anything imports deepspeed, which otherwise warns on standard output that it found no GPU."""
+    """Called before anything imports deepspeed, which else warns on standard output that it found no GPU."""
     if visible_accelerators() == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

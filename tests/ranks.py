@@ -26,7 +26,7 @@ WARM = (
     "llmtrain.training.trainer",
     "hydra",
     "plotly.offline",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # deepspeed imports it at its first engine, and dynamo with it
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # comes with the first engine, and dynamo with it
 )
 
 
@@ -101,7 +101,7 @@ class RankServer:
                 **(env or {}),
             }
             request = {
-                "argv": list(arguments),
+                "argv": [*arguments],
                 "env": variables,
                 "output": str(output),
                 "cwd": str(directory),

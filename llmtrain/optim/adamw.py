@@ -26,7 +26,7 @@ class OptimizerConfig(Config):
     def parameter_groups(
         self, parameters: Iterable[tuple[str, torch.nn.Parameter]], dimensions: Callable[[torch.Tensor], int]
     ) -> list[dict[str, Any]]:
-        """The parameters split into groups; `dimensions` tells a parameter's rank though it be partitioned."""
+        """The parameters in groups; `dimensions` tells how many a parameter has, even a partitioned one."""
         raise NotImplementedError
 
 

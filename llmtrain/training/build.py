@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from llmtrain.data.mixture import Weight, weights_from_epochs
 from llmtrain.data.prepare import Prepared
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
+from llmtrain.model import Decoder
 from llmtrain.optim.schedules import Schedule
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.training.callbacks import Callback
@@ -174,7 +175,7 @@ def build_dataset(config: TrainConfig, sources: dict[str, ShardedSource]) -> Pac
     )
 
 
-def mixture_weights(data: DataConfig, sources: dict[str, ShardedSource]) -> dict[str, Weight]:
+def mixture_weights(data: DataConfig, sources: Mapping[str, ShardedSource]) -> Mapping[str, Weight]:
     """The weight of each source, as given or from its epochs."""
     epochs = {name: source.epochs for name, source in data.sources.items() if source.epochs is not None}
     if epochs:
@@ -188,14 +189,14 @@ def build_model_engine(
     """The decoder with its initial weights under DeepSpeed."""
     from llmtrain.model.init import initialize_parameters
 
-    def construct() -> torch.nn.Module:
+    def construct() -> Decoder:
         decoder = config.model.assemble(vocab_size=vocab_size, seq_len=config.seq_len)
         decoder.activation_checkpointing = config.activation_checkpointing
         return decoder
 
     return build_engine(
         construct=construct,
-        initialize=lambda model, gather: initialize_parameters(model, config.seed, gather),
+        initialize=lambda decoder, gather: initialize_parameters(decoder, config.seed, gather),
         config=config.deepspeed,
         optimizer=config.optimizer,
         precision=precision,

@@ -65,8 +65,8 @@ class TrainConfig(Config):
         """Refuse what DeepSpeed 0.19.8 computes wrongly."""
         if self.deepspeed.stage == 0 and self.precision == "bf16":
             raise ValueError(
-                "precision=bf16 with deepspeed=zero0: DeepSpeed takes a spurious first optimizer step there and "
-                "the losses are wrong; use precision=bf16_autocast, or deepspeed=zero1"
+                "precision=bf16 with deepspeed=zero0: DeepSpeed takes a spurious first optimizer step there, "
+                "and the losses are wrong; use precision=bf16_autocast, or deepspeed=zero1"
             )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(

@@ -24,6 +24,7 @@ import torch
 from llmtrain import distributed
 from llmtrain.data.batch import IGNORED, Batch
 from llmtrain.data.heldout import HeldOut, held_out_batches, unigram_counts
+from llmtrain.data.mixture import Weight
 from llmtrain.data.packing import Documents
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
@@ -37,7 +38,7 @@ class Baselines:
     """What the baselines need: training text, its relative weights, the real vocabulary's size, a seed."""
 
     train_sources: Mapping[str, ShardedSource]
-    weights: Mapping[str, float]
+    weights: Mapping[str, Weight]
     vocab_size: int
     seed: int
 

@@ -81,6 +81,7 @@ def console(run: Path) -> Any:
     return "loss" in next(iter(run.parent.glob("output-*"))).read_text()
 
 
+WITHOUT_WEIGHTS = ["~data.sources.code.weight", "~data.sources.prose.weight"]
 SP = ["tokenizer=sentencepiece", "tokenizer.vocab_size=400"]
 
 RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
@@ -101,8 +102,7 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
     "data.validation_fraction": ([], ["data.validation_fraction=0.5"], held_out),
     "data.sources.weight": ([], ["data.sources.code.weight=0.1"], curve),
     "data.sources.epochs": (
-        ["~data.sources.code.weight", "~data.sources.prose.weight", "+data.sources.code.epochs=1"]
-        + ["+data.sources.prose.epochs=1"],
+        [*WITHOUT_WEIGHTS, "+data.sources.code.epochs=1", "+data.sources.prose.epochs=1"],
         ["data.sources.prose.epochs=9"],
         curve,
     ),
@@ -148,15 +148,16 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
     ),
 }
 
+ENGINE = "tests/training/test_engine.py"
 ELSEWHERE: dict[str, str] = {
     # key: the test that shows its effect
     "output_dir": "tests/training/test_resume.py::test_a_resumed_run_is_bit_equal",
     "cache_dir": "tests/training/test_keys.py::test_cache_dir_is_where_shards_and_tokenizers_are",
     "resume": "tests/training/test_resume.py::test_resume_never_sets_the_older_run_aside",
-    "activation_checkpointing": "tests/training/test_engine.py::test_activation_checkpointing_keeps_fewer_tensors",
-    "deepspeed.zero_optimization.reduce_bucket_size": "tests/training/test_engine.py::test_zero_settings_reach_deepspeed",
-    "deepspeed.zero_optimization.allgather_bucket_size": "tests/training/test_engine.py::test_zero_settings_reach_deepspeed",
-    "deepspeed.zero_optimization.overlap_comm": "tests/training/test_engine.py::test_zero_settings_reach_deepspeed",
+    "activation_checkpointing": f"{ENGINE}::test_activation_checkpointing_keeps_fewer_tensors",
+    "deepspeed.zero_optimization.reduce_bucket_size": f"{ENGINE}::test_zero_settings_reach_deepspeed",
+    "deepspeed.zero_optimization.allgather_bucket_size": f"{ENGINE}::test_zero_settings_reach_deepspeed",
+    "deepspeed.zero_optimization.overlap_comm": f"{ENGINE}::test_zero_settings_reach_deepspeed",
 }
 
 REFUSED: dict[str, list[str]] = {
@@ -173,7 +174,7 @@ MODEL_TABLE = "tests/model/test_config.py::test_every_key_changes_something"
 def keys(config: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of every key below a config class; a choice contributes the keys of all its kinds."""
     for name, field in config.model_fields.items():
-        inner = [cls for cls in _classes(field.annotation)]
+        inner = _classes(field.annotation)
         if not inner:
             yield prefix + name
         for cls in inner:
@@ -205,7 +206,7 @@ _base_runs: dict[tuple[str, ...], Path] = {}
 
 @pytest.fixture
 def observe(ranks, tiny, tmp_path, tmp_path_factory):
-    """Run the door with overrides on top of the tiny run and return its run directory; equal runs run once."""
+    """Run the door with overrides on top of the tiny run; returns its run directory. Equal runs run once."""
 
     def run(*overrides: str) -> Path:
         if overrides not in _base_runs:

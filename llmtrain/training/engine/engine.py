@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ import torch
 from llmtrain import distributed
 from llmtrain.data.batch import IGNORED, Batch
 from llmtrain.distributed import World
+from llmtrain.model import Decoder
+from llmtrain.model.init import Gather
 from llmtrain.optim.adamw import OptimizerConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
 from llmtrain.training.engine.weights import allow_state_classes
 
 logger = logging.getLogger(__name__)
-
-Gather = Callable[[torch.nn.Parameter], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class StepResult:
 
 def build_engine(
     *,
-    construct: Callable[[], torch.nn.Module],
-    initialize: Callable[[torch.nn.Module, Gather], None],
+    construct: Callable[[], Decoder],
+    initialize: Callable[[Decoder, Gather], None],
     config: DeepSpeedConfig,
     optimizer: OptimizerConfig,
     precision: ResolvedPrecision,
@@ -105,7 +105,7 @@ class Engine:
         return self.deepspeed.gradient_accumulation_steps()
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> Decoder:
         """The module inside; under ZeRO-3 its parameters are partitioned."""
         return self.deepspeed.module
 
@@ -152,7 +152,7 @@ class Engine:
         self.deepspeed.save_checkpoint(str(directory), tag="engine", save_latest=False)
 
     def load(self, directory: Path) -> None:
-        """Read back what `save` wrote, with the same number of ranks and the same stage; runs no pickled code."""
+        """Read back what `save` wrote with as many ranks and the same stage; no pickled code runs."""
         with allow_state_classes():
             path, _ = self.deepspeed.load_checkpoint(str(directory), tag="engine")
         assert path is not None, f"{directory} holds no engine state"
