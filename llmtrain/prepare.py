@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config.hydra import hydra_door
+from llmtrain.training import train_config
 
 if TYPE_CHECKING:
     from llmtrain.data.prepare import Prepared
@@ -59,13 +60,7 @@ def _is_main() -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain prepare` and `python -m llmtrain.prepare`."""
-    return hydra_door(_root, run, __doc__, argv)
-
-
-def _root() -> type[TrainConfig]:
-    from llmtrain.training.config import TrainConfig  # torch comes with it, and `--help` does without
-
-    return TrainConfig
+    return hydra_door(train_config, run, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from llmtrain.config.hydra import hydra_door
 from llmtrain.distributed import choose_ranks, visible_accelerators
+from llmtrain.training import train_config
 
 if TYPE_CHECKING:
     from llmtrain.training.config import TrainConfig
@@ -45,15 +46,9 @@ def _reason(gpus: int, count: int, global_batch_size: int, micro_batch_size: int
     )
 
 
-def _train_config() -> type[TrainConfig]:
-    from llmtrain.training.config import TrainConfig
-
-    return TrainConfig
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the door; returns the exit code."""
-    return hydra_door(_train_config, ranks, __doc__, argv)
+    return hydra_door(train_config, ranks, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmtrain.config.hydra import hydra_door
+from llmtrain.training import train_config
 
 if TYPE_CHECKING:
     from llmtrain.training.config import TrainConfig
@@ -34,13 +35,7 @@ def train(config: TrainConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain train`, `python -m llmtrain.train` and `deepspeed --module llmtrain.train`."""
-
-    def root() -> type[TrainConfig]:
-        from llmtrain.training.config import TrainConfig
-
-        return TrainConfig
-
-    return hydra_door(root, train, __doc__, argv)
+    return hydra_door(train_config, train, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from llmtrain.config.hydra import hydra_door
+from llmtrain.training import train_config
 
 if TYPE_CHECKING:
     from llmtrain.training.config import TrainConfig
@@ -35,13 +36,7 @@ def run(config: TrainConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain train_tokenizer` and `python -m llmtrain.train_tokenizer`."""
-    return hydra_door(_root, run, __doc__, argv)
-
-
-def _root() -> type[TrainConfig]:
-    from llmtrain.training.config import TrainConfig  # torch comes with it, and `--help` does without
-
-    return TrainConfig
+    return hydra_door(train_config, run, __doc__, argv)
 
 
 if __name__ == "__main__":

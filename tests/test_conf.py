@@ -1,0 +1,63 @@
+"""conf/ is the reference: every key has a field, every field a key, every option composes and validates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmtrain.config.hydra import compose, config_directory
+from llmtrain.training.config import TrainConfig
+from tests.training.test_keys import keys
+
+CONF = config_directory()
+NEEDED = {"data=files": ["data.sources.text.path=x"], "tokenizer=huggingface": ["tokenizer.path=x"]}
+
+OPTIONS = [
+    f"{path.parent.relative_to(CONF)}={path.stem}"
+    for path in sorted(CONF.rglob("*.yaml"))
+    if path.parent != CONF
+]
+
+
+def leaves(value: Any, prefix: str = "") -> set[str]:
+    if not isinstance(value, Mapping):
+        return {prefix[:-1]}
+    return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{prefix}{key}.")}
+
+
+def yaml_keys() -> set[str]:
+    """Dotted keys of every file in conf/, as they stand in the composed config."""
+    found = set()
+    for path in CONF.rglob("*.yaml"):
+        values = yaml.safe_load(path.read_text())
+        values.pop("defaults", None)
+        group = path.relative_to(CONF).parent.as_posix()
+        prefix = "" if group in (".", "experiment") else group.replace("/", ".") + "."
+        found |= leaves(values, prefix)
+    return {re.sub(r"^(data\.sources)\.[^.]+", r"\1", key) for key in found}
+
+
+def test_every_key_has_a_field_and_every_field_a_key():
+    fields = set(keys(TrainConfig))
+    assert yaml_keys() - fields == set()
+    assert fields - yaml_keys() == set()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_validates(option):
+    assert isinstance(compose(TrainConfig, [option, *NEEDED.get(option, [])]), TrainConfig)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_has_a_comment(path: Path):
+    """Once per name and group: a second option of a group need not explain the keys of the first again."""
+    siblings = "\n".join(other.read_text() for other in path.parent.glob("*.yaml"))
+    for line in path.read_text().split("# @package _global_")[-1].splitlines():
+        match = re.match(r"\s*(\w+): +[^#\s]", line)
+        if match and path.parent.name != "experiment" and match[1] != "kind":
+            assert re.search(rf"^\s*{match[1]}:[^\n]*#", siblings, re.M) or "override" in line, line
