@@ -15,11 +15,11 @@ def train(config: TrainConfig) -> int:
     """Build every part in the order data flows, resume if there is a checkpoint, run the loop."""
     from llmtrain import distributed
     from llmtrain.data.prepare import prepare
-    from llmtrain.training.build import build_run, check_batch, open_run
+    from llmtrain.training.build import build_run, check_start, open_run
     from llmtrain.training.trainer import finish, fit, resume
 
     world = distributed.World.from_environment()
-    check_batch(config, world)
+    check_start(config, world)
     directory = open_run(config, world)
     if directory is None:
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,8 +44,11 @@ def complaint(text: str) -> list[str]:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_every_mistake_is_one_line_and_78(ranks, tiny, tmp_path, size):
+    def directory(name: str) -> Path:
+        return tmp_path / name.replace(" ", "-")
+
     jobs = {
-        name: ranks.start([*tiny, *overrides], size, tmp_path / name.replace(" ", "-"))
+        name: ranks.start([*tiny, f"output_dir={directory(name)}/run", *overrides], size, directory(name))
         for name, (overrides, _) in MISTAKES.items()
     }
     for name, job in jobs.items():
@@ -52,7 +56,7 @@ def test_every_mistake_is_one_line_and_78(ranks, tiny, tmp_path, size):
         assert "Traceback" not in job.output(), name
         (line,) = [line for output in job.outputs for line in complaint(output.read_text())]
         assert MISTAKES[name][1] in line, name
-        assert not (tmp_path / "run" / "metrics.jsonl").exists(), name
+        assert not (directory(name) / "run" / "metrics.jsonl").exists(), name
 
 
 @pytest.mark.parametrize("name", ["a typo in a key", "an unknown option", "a file that is not there"])

@@ -42,7 +42,12 @@ def test_the_overrides_compose(command):
 
 def test_the_doors_answer_and_the_files_are_there(ranks, tiny, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "quickstart"
-    overrides = ["max_steps=2", "callbacks.sample.max_new_tokens=3", f"output_dir={run}"]
+    overrides = [
+        "max_steps=2",
+        "data.validation_fraction=0.3",
+        "callbacks.sample.max_new_tokens=3",
+        f"output_dir={run}",
+    ]
     ranks.run([*tiny, *overrides], 1, tmp_path)
     monkeypatch.chdir(tmp_path)
     for command in DOORS:

@@ -63,8 +63,12 @@ class Run:
         return self.step >= self.config.max_steps
 
 
-def check_batch(config: TrainConfig, world: World) -> None:
-    """UserError where the global batch does not divide into ranks and micro-batches."""
+def check_start(config: TrainConfig, world: World) -> None:
+    """UserError for what only the number of ranks or the disk can tell, before anything starts.
+
+    The global batch must divide into ranks and micro-batches; a checkpoint that `resume` names must be there.
+    """
+    find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
     unit = world.world_size * config.micro_batch_size
     if config.global_batch_size % unit:
         raise UserError(
@@ -121,6 +125,15 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
         precision,
         config.deepspeed.stage,
     )
+    for name, row in dataset.ledger(config.max_steps).items():
+        logger.info(
+            "%s: %.1f %% of the stream, %.2f epochs of %s tokens in %d steps",
+            name,
+            100 * row["weight"],
+            row["epochs"],
+            f"{row['total_tokens']:,}",
+            config.max_steps,
+        )
     return Run(
         config=config,
         world=world,

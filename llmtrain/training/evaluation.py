@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from llmtrain import distributed
+from llmtrain.config import UserError
 from llmtrain.data.batch import IGNORED, Batch
 from llmtrain.data.heldout import HeldOut, held_out_batches, unigram_counts
 from llmtrain.data.mixture import Weight
@@ -95,6 +96,10 @@ def evaluate_model(
     change the result beyond rounding. `documents` and `documents_limit` are those of `held_out_batches`.
     The unigram baseline is computed by the main rank alone and is None on the others.
     """
+    if not held_out:
+        raise UserError(
+            "no held-out documents: data.validation_fraction was 0, or too small for so little text"
+        )
     texts = [
         held_out_batches(source, seq_len, rows, documents_limit, documents) for source in held_out.values()
     ]

@@ -20,7 +20,12 @@ from llmtrain.config import UserError
 from llmtrain.config.hydra import compose
 from llmtrain.training.config import TrainConfig
 
-SHORT = ["max_steps=4", "checkpoint.every=2", "callbacks.sample.max_new_tokens=4"]
+SHORT = [
+    "max_steps=4",
+    "data.validation_fraction=0.3",
+    "checkpoint.every=2",
+    "callbacks.sample.max_new_tokens=4",
+]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -73,7 +78,7 @@ def wandb_folder(run: Path) -> Any:
 
 
 def wandb_project(run: Path) -> Any:
-    (file,) = run.glob("wandb/*/*.wandb")
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
     return b"elsewhere" in file.read_bytes()
 
 
@@ -81,6 +86,7 @@ def console(run: Path) -> Any:
     return "loss" in next(iter(run.parent.glob("output-*"))).read_text()
 
 
+EARLY_PEAK = "scheduler.warmup_steps=1"
 WITHOUT_WEIGHTS = ["~data.sources.code.weight", "~data.sources.prose.weight"]
 SP = ["tokenizer=sentencepiece", "tokenizer.vocab_size=400"]
 
@@ -118,11 +124,11 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
     "optimizer.eps": ([], ["optimizer.eps=0.01"], curve),
     "optimizer.weight_decay": ([], ["optimizer.weight_decay=1"], curve),
     "optimizer.gradient_clipping": ([], ["optimizer.gradient_clipping=1e-3", "optimizer.eps=1e-3"], curve),
-    "scheduler.kind": ([], ["scheduler=linear"], learning_rates),
+    "scheduler.kind": ([EARLY_PEAK], ["scheduler=linear", EARLY_PEAK], learning_rates),
     "scheduler.warmup_steps": ([], ["scheduler.warmup_steps=2"], learning_rates),
-    "scheduler.min_lr_ratio": (["scheduler.warmup_steps=1"], ["scheduler.min_lr_ratio=0.5"], learning_rates),
+    "scheduler.min_lr_ratio": ([EARLY_PEAK], ["scheduler.min_lr_ratio=0.5"], learning_rates),
     "scheduler.decay_ratio": (
-        ["scheduler=wsd", "scheduler.warmup_steps=1"],
+        ["scheduler=wsd", EARLY_PEAK],
         ["scheduler.decay_ratio=0.9"],
         learning_rates,
     ),
@@ -153,6 +159,7 @@ ELSEWHERE: dict[str, str] = {
     # key: the test that shows its effect
     "output_dir": "tests/training/test_resume.py::test_a_resumed_run_is_bit_equal",
     "cache_dir": "tests/training/test_keys.py::test_cache_dir_is_where_shards_and_tokenizers_are",
+    "tokenizer.path": "tests/training/test_keys.py::test_tokenizer_path_brings_a_tokenizer_along",
     "resume": "tests/training/test_resume.py::test_resume_never_sets_the_older_run_aside",
     "activation_checkpointing": f"{ENGINE}::test_activation_checkpointing_keeps_fewer_tensors",
     "deepspeed.zero_optimization.reduce_bucket_size": f"{ENGINE}::test_zero_settings_reach_deepspeed",
@@ -160,15 +167,16 @@ ELSEWHERE: dict[str, str] = {
     "deepspeed.zero_optimization.overlap_comm": f"{ENGINE}::test_zero_settings_reach_deepspeed",
 }
 
+JSONL = "+data.sources.prose.format=jsonl"
 REFUSED: dict[str, list[str]] = {
     # key: overrides that end before the run, with a line that names the key
     "optimizer.kind": ["optimizer.kind=sgd"],
-    "data.sources.revision": ["+data.sources.prose.revision=main"],
-    "data.sources.split": ["+data.sources.prose.split=test"],
-    "data.sources.subset": ["+data.sources.prose.subset=en"],
+    "data.sources.revision": [JSONL, "+data.sources.prose.revision=main"],
+    "data.sources.split": [JSONL, "+data.sources.prose.split=test"],
+    "data.sources.subset": [JSONL, "+data.sources.prose.subset=en"],
 }
 
-MODEL_TABLE = "tests/model/test_config.py::test_every_key_changes_something"
+MODEL_TABLE = "tests/model/test_config.py::test_every_key_shows"
 
 
 def keys(config: Any, prefix: str = "") -> Iterator[str]:
@@ -229,6 +237,13 @@ def test_a_changed_key_changes_the_run(observe, key):
 def test_a_changed_key_is_refused(tiny, key):
     with pytest.raises(UserError, match=re.escape(key.rpartition(".")[2])):
         compose(TrainConfig, [*tiny, *REFUSED[key]])
+
+
+def test_tokenizer_path_brings_a_tokenizer_along(observe, tmp_path):
+    trained = observe(*SP) / "tokenizer"
+    path = f"tokenizer.path={trained}/tokenizer.model"
+    assert curve(observe(*SP, path)) == curve(observe(*SP))
+    assert curve(observe("tokenizer=sentencepiece", path, "tokenizer.vocab_size=420")) == curve(observe(*SP))
 
 
 def test_cache_dir_is_where_shards_and_tokenizers_are(observe, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from llmtrain.config.hydra import compose
 from llmtrain.distributed import World, choose_ranks
-from llmtrain.training.build import check_batch
+from llmtrain.training.build import check_start
 from llmtrain.training.config import TrainConfig
 
 
@@ -15,7 +15,7 @@ def test_every_number_of_visible_gpus_starts(gpus):
     config = compose(TrainConfig, ["experiment=quickstart"])
     ranks = choose_ranks(gpus, config.global_batch_size, config.micro_batch_size)
     assert 1 <= ranks <= max(1, gpus)
-    check_batch(config, World(0, ranks, 0, ranks))  # raises where the batch does not divide
+    check_start(config, World(0, ranks, 0, ranks))  # raises where the batch does not divide
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 5000])
