@@ -114,28 +114,6 @@ try_install() {
 }
 
 install() {
-    if [[ -t 1 ]]; then
-        pip install --log "$log" "$@"
-        return
-    fi
-    local pid started=$SECONDS
-    set -m # a process group of its own, to end it together with the builds that it starts
-    pip install "$@" >>"$log" 2>&1 &
-    pid=$!
-    set +m
-    trap 'kill -- "-$pid" 2>/dev/null || true' EXIT
-    while kill -0 "$pid" 2>/dev/null; do
-        sleep 0.5
-        if ((SECONDS - started >= 10)); then
-            started=$SECONDS
-            say "  $SECONDS s: $(tail -n 1 "$log" | tr '\r\t' '  ' | cut -c 1-100)"
-        fi
-    done
-    trap - EXIT
-    wait "$pid"
-}
-
-install() {
     local what=$1
     shift
     say "installing $what"

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,8 @@ def initialize(world: World) -> torch.device:
         torch.cuda.set_device(device)
         # DeepSpeed takes this as the index of the device: 0 where Slurm shows a task only its own GPU.
         os.environ["LOCAL_RANK"] = str(device.index)
+    # Stages 2 and 3 of DeepSpeed 0.19.8 call what torch 2.13 renames, and hear of it at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun sets 1 whatever the machine; anybody else's number is a wish.
         torch.set_num_threads(max(1, usable_cores() // world.local_world_size))
@@ -208,6 +211,15 @@ def _init_deepspeed(backend: str) -> None:
         # filling it as DeepSpeed does would run a compiler.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def quiet_threads() -> None:
+    """Called before torch is imported: OpenMP's threads sleep while they wait instead of spinning.
+
+    With a core taken by somebody else, spinning made each of our small kernels wait for the scheduler: a step
+    took ten times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def quiet_deepspeed() -> None:

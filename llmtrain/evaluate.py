@@ -15,9 +15,8 @@ def evaluate(run: Path, step: int | None) -> dict[str, Any]:
     Writes eval/heldout.json and the report anew. The held-out documents are those the run was trained
     without: they are prepared again if they are no longer in the run's cache.
     """
-    from llmtrain.data.prepare import prepare
     from llmtrain.distributed import World
-    from llmtrain.training.build import mixture_weights, open_sources
+    from llmtrain.training.build import mixture_weights
     from llmtrain.training.evaluation import Baselines, evaluate_model
     from llmtrain.training.finished import LocalModel, open_finished
     from llmtrain.training.report import write_report
@@ -25,7 +24,7 @@ def evaluate(run: Path, step: int | None) -> dict[str, Any]:
 
     finished = open_finished(run, step)
     config = finished.config
-    train_sources, held_out = open_sources(prepare(config.data, config.tokenizer, config.cache_dir))
+    train_sources, held_out = finished.sources()
     results = evaluate_model(
         LocalModel(finished.model).loss,
         held_out,

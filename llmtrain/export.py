@@ -15,7 +15,7 @@ def export(run: Path, output: Path, step: int | None) -> int:
     from llmtrain.model.huggingface import export_llama
     from llmtrain.training.finished import open_finished
 
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; name a new directory")
     finished = open_finished(run, step)
     export_llama(

@@ -30,18 +30,35 @@ def generate(run: Path, prompt: str, step: int | None, tokens: int, temperature:
     return prompt + finished.tokenizer.decode(new)
 
 
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return float(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llmtrain generate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
-    parser.add_argument("--tokens", type=int, default=100, help="most tokens to add (default: 100)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
+    parser.add_argument("--tokens", type=_count, default=100, help="most tokens to add (default: 100)")
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.8, help="0 takes the likeliest (default: 0.8)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     a = parser.parse_args(argv)
 
     def run() -> None:
-        sys.stdout.write(generate(a.run, a.prompt, a.step, a.tokens, a.temperature, a.seed) + "\n")
+        from llmtrain.training.callbacks.samples import printable
+
+        text = generate(a.run, a.prompt, a.step, a.tokens, a.temperature, a.seed)
+        sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + "\n")
 
     return plain_door(run)
 

@@ -15,18 +15,18 @@ def train(config: TrainConfig) -> int:
     """Build every part in the order data flows, resume if there is a checkpoint, run the loop."""
     from llmtrain import distributed
     from llmtrain.data.prepare import prepare
-    from llmtrain.training.build import build_run, check_start, open_run
-    from llmtrain.training.trainer import finish, fit, resume
+    from llmtrain.training.build import build_run, check_start, is_done, open_run, tokenizer_of
+    from llmtrain.training.trainer import begin, finish, fit
 
     world = distributed.World.from_environment()
     check_start(config, world)
-    directory = open_run(config, world)
-    if directory is None:
+    if is_done(config):
         return 0
-    prepared = prepare(config.data, config.tokenizer, config.cache_dir)
+    prepared = prepare(config.data, tokenizer_of(config), config.cache_dir)
+    directory = open_run(config, world)
     distributed.initialize(world)
     run = build_run(config, world, directory, prepared)
-    resume(run)
+    begin(run)
     fit(run)
     code = finish(run)
     distributed.finalize()

@@ -38,6 +38,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (directory / "prose.jsonl").open("w") as file:
         for title, text in list(pydoc_data.topics.topics.items())[:20]:
             file.write(json.dumps({"text": text, "title": title}) + "\n")
+            for word in text.split()[:15]:  # short documents: rows differ in how many targets they have
+                file.write(json.dumps({"text": word, "title": title}) + "\n")
     return directory
 
 

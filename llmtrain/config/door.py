@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from llmtrain.config.errors import UserError
-from llmtrain.distributed import World
+from llmtrain.distributed import World, quiet_threads
 
-SECONDS_FOR_RANK_0 = 3.0
-"""How long the other ranks wait with a mistake: launchers end all ranks when the first one exits."""
+SECONDS_FOR_OTHERS = 3.0
+"""How long a rank that told a mistake waits for others that come with the same one."""
 
 INTERRUPTED = 130
 
 
 def plain_door(run: Callable[[], int | None]) -> int:
-    """Calls `run` and returns the process's exit code; a mistake (UserError) is printed once, by rank 0."""
+    """Calls `run` and returns the process's exit code; a mistake (UserError) is printed once."""
     return rank_door(lambda _: run())
 
 
 def rank_door(run: Callable[[World], int | None]) -> int:
     """`plain_door` for work that wants to know its rank."""
     world = World()
+    quiet_threads()
     try:
         world = World.from_environment()
         _set_up_logging(world)
@@ -35,13 +40,35 @@ def rank_door(run: Callable[[World], int | None]) -> int:
 
 
 def _report(lines: Sequence[str], exit_code: int, world: World) -> int:
-    """Rank 0 prints in one write; the others stay until it must have happened."""
-    if world.is_main:
-        sys.stderr.write("".join(f"error: {line}\n" for line in lines))
-        sys.stderr.flush()
-    elif exit_code != INTERRUPTED:
-        time.sleep(SECONDS_FOR_RANK_0)
+    """Print in one write, unless another rank on this machine says the same already."""
+    if world.world_size > 1 and exit_code == INTERRUPTED and not world.is_main:
+        return exit_code
+    with _only_speaker(lines, world) as speaks:
+        if speaks:
+            where = "" if world.is_main else f" (rank {world.rank} on {socket.gethostname()})"
+            sys.stderr.write("".join(f"error: {line}{where}\n" for line in lines))
+            sys.stderr.flush()
+            if world.world_size > 1 and exit_code != INTERRUPTED:
+                time.sleep(SECONDS_FOR_OTHERS)
     return exit_code
+
+
+@contextmanager
+def _only_speaker(lines: Sequence[str], world: World) -> Iterator[bool]:
+    """Whether this is the first of a job's ranks on this machine to come with these lines.
+
+    The first one holds a socket in Linux's abstract name space, which leaves nothing behind.
+    """
+    job = (os.getppid(), os.environ.get("MASTER_PORT"), os.environ.get("SLURM_JOB_ID"), *lines)
+    name = hashlib.sha256(repr(job).encode()).hexdigest()[:32]
+    with socket.socket(socket.AF_UNIX) as claim:
+        try:
+            if world.world_size > 1 and sys.platform == "linux":
+                claim.bind(f"\0llmtrain-{name}")
+        except OSError:
+            yield False
+            return
+        yield True
 
 
 def _set_up_logging(world: World) -> None:

@@ -58,6 +58,7 @@ class PackedDataset:
             "seq_len": seq_len,
             "global_batch_size": global_batch_size,
             "shuffle_span": shuffle_span,
+            "documents": documents,
         }
         self._content: dict[str, dict[str, Any]] = {
             name: {"manifest_hash": sources[name].manifest_hash, "tokens": int(sources[name].tokens)}

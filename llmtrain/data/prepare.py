@@ -56,9 +56,22 @@ class Prepared:
     tokenizer: Tokenizer
     sources: dict[str, PreparedSource]
 
+    def as_dict(self) -> dict[str, dict[str, str | None]]:
+        """The absolute path of each source's shards, as JSON."""
+        return {
+            name: {
+                TRAIN: str(source.train.resolve()),
+                VALIDATION: str(source.validation.resolve()) if source.validation else None,
+            }
+            for name, source in self.sources.items()
+        }
+
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, cache_dir: Path, progress: Progress | None = None
+    data: DataConfig,
+    tokenizer: TokenizerConfig | Tokenizer,
+    cache_dir: Path,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Shards of every source and the tokenizer they were made with; quick where they exist already.
 
@@ -66,7 +79,9 @@ def prepare(
     the tokenizer cannot serve, or prepared shards of another tokenizer.
     """
     progress = progress or console_progress()
-    ready, _ = build_tokenizer(data, tokenizer, cache_dir)
+    if isinstance(tokenizer, TokenizerConfig):
+        tokenizer, _ = build_tokenizer(data, tokenizer, cache_dir)
+    ready = tokenizer
     boundary_ids(data.boundary, ready)
     sources = {
         name: _prepare_source(name, source, data, ready, cache_dir, progress)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from llmtrain.config import UserError
 from llmtrain.data.config import DataConfig
 from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.mixture import Weight, weights_from_epochs
-from llmtrain.data.prepare import Prepared
+from llmtrain.data.prepare import Prepared, check_inputs
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
 from llmtrain.model import Decoder
 from llmtrain.optim.schedules import Schedule
-from llmtrain.tokenizer import Tokenizer
+from llmtrain.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llmtrain.training.callbacks import Callback
 from llmtrain.training.callbacks.evaluation import EvaluationCallback
 from llmtrain.training.callbacks.samples import SampleCallback
@@ -50,12 +51,16 @@ class Run:
     engine: Engine
     schedule: Schedule
     callbacks: Sequence[Callback]
-    loggers: Sequence[Logger]
+    prepared: Prepared
     checkpoint: Path | None
     """What the run goes on from."""
-    stop: StopRequest = field(default_factory=StopRequest)
+    stop: StopRequest
     step: int = 0
     skipped: int = 0
+    """Steps in a row that were not applied."""
+    loggers: Sequence[Logger] = ()
+    reported: float = -math.inf
+    """When the last report was written, on the monotonic clock."""
 
     @property
     def finished(self) -> bool:
@@ -66,9 +71,15 @@ class Run:
 def check_start(config: TrainConfig, world: World) -> None:
     """UserError for what only the number of ranks or the disk can tell, before anything starts.
 
-    The global batch must divide into ranks and micro-batches; a checkpoint that `resume` names must be there.
+    The text must be there, and a checkpoint that `resume` names; the global batch must divide into ranks and
+    micro-batches.
     """
-    find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
+    check_inputs(config.data)
+    checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
+    if checkpoint is not None and config.resume != "auto":
+        step = read_record(checkpoint)["step"]
+        if step >= config.max_steps:
+            raise UserError(f"max_steps={config.max_steps}: {checkpoint} is at step {step}; raise max_steps")
     unit = world.world_size * config.micro_batch_size
     if config.global_batch_size % unit:
         raise UserError(
@@ -77,25 +88,39 @@ def check_start(config: TrainConfig, world: World) -> None:
         )
 
 
-def open_run(config: TrainConfig, world: World) -> RunDirectory | None:
-    """This run's directory, locked by rank 0; None where the run has finished already."""
+def is_done(config: TrainConfig) -> bool:
+    """Whether the run has finished already; says so."""
     directory = RunDirectory(config.output_dir)
-    if not world.is_main:
-        return None if _is_done(config, directory) else directory
-    directory.lock()
-    if config.resume == "never":
-        directory.set_aside()
-    if _is_done(config, directory):
-        logger.info(
-            "%s: already trained to step %d; report: %s. Raise max_steps to go on, or start anew with "
-            "resume=never or name=<another>",
-            directory.path,
-            checkpoints(directory.checkpoints)[-1][0],
-            directory.report,
-        )
-        return None
-    directory.clear_done()
-    directory.cut_unterminated()
+    found = checkpoints(directory.checkpoints)
+    if config.resume == "never" or not (
+        directory.done.exists() and found and found[-1][0] >= config.max_steps
+    ):
+        return False
+    logger.info(
+        f"{directory.path}: already trained to step {found[-1][0]}; report: {directory.report}. "
+        "Raise max_steps to go on, or start anew with resume=never or name=<another>"
+    )
+    return True
+
+
+def tokenizer_of(config: TrainConfig) -> TokenizerConfig | Tokenizer:
+    """The run's own tokenizer where the run goes on and nobody asked for another one, else the config's.
+
+    A tokenizer that was trained on the sources of then stays the run's when a source is added.
+    """
+    directory = RunDirectory(config.output_dir)
+    saved = directory.path / "tokenizer"
+    if config.resume == "never" or not (checkpoints(directory.checkpoints) and saved.is_dir()):
+        return config.tokenizer
+    before = directory.read_config().get("tokenizer")
+    return load_tokenizer(saved) if before == config.tokenizer.model_dump(mode="json") else config.tokenizer
+
+
+def open_run(config: TrainConfig, world: World) -> RunDirectory:
+    """This run's directory, locked by rank 0. Nothing in it changes before the run begins."""
+    directory = RunDirectory(config.output_dir)
+    if world.is_main:
+        directory.lock()
     return directory
 
 
@@ -104,7 +129,9 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
 
     A checkpoint to go on from is compared with the config before anything large is built.
     """
-    tokenizer = prepared.tokenizer
+    stop = StopRequest()
+    stop.listen()
+    tokenizer, step = prepared.tokenizer, 0
     train_sources, held_out = open_sources(prepared)
     dataset = build_dataset(config, train_sources)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,27 +140,13 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     if checkpoint is not None:
         saved = read_record(checkpoint)
         check_record(checkpoint, saved, describe_run(config, world, tokenizer, precision))
-        dataset = dataset.resumed(saved["data"])
+        dataset, step = dataset.resumed(saved["data"]), saved["step"]
     engine = build_model_engine(config, world, tokenizer.vocab_size, len(dataset.names), precision)
-    if world.is_main:
-        tokenizer.save(directory.path / "tokenizer")
+    stage, parameters = config.deepspeed.stage, engine.model.parameter_count
     logger.info(
-        "%d parameters, %d ranks on %s, precision %s, ZeRO stage %d",
-        engine.model.parameter_count,
-        world.world_size,
-        device,
-        precision,
-        config.deepspeed.stage,
+        f"{parameters:,} parameters, {world.world_size} rank(s) on {device}, {precision}, ZeRO stage {stage}"
     )
-    for name, row in dataset.ledger(config.max_steps).items():
-        logger.info(
-            "%s: %.1f %% of the stream, %.2f epochs of %s tokens in %d steps",
-            name,
-            100 * row["weight"],
-            row["epochs"],
-            f"{row['total_tokens']:,}",
-            config.max_steps,
-        )
+    _tell_mixture(dataset, config.max_steps)
     return Run(
         config=config,
         world=world,
@@ -144,11 +157,21 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
         dataset=dataset,
         precision=precision,
         engine=engine,
+        prepared=prepared,
         checkpoint=checkpoint,
+        stop=stop,
+        step=step,
         schedule=config.scheduler.build(config.max_steps),
         callbacks=[EvaluationCallback(config.callbacks.evaluation), SampleCallback(config.callbacks.sample)],
-        loggers=config.logger.build(directory, config) if world.is_main else [],
     )
+
+
+def _tell_mixture(dataset: PackedDataset, steps: int) -> None:
+    for name, row in dataset.ledger(steps).items():
+        logger.info(
+            f"{name}: {row['weight']:.1%} of the stream, {row['epochs']:.2f} epochs of "
+            f"{row['total_tokens']:,} tokens in {steps} steps"
+        )
 
 
 def open_sources(prepared: Prepared) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
@@ -217,14 +240,4 @@ def build_model_engine(
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size,
         sources=sources,
-    )
-
-
-def _is_done(config: TrainConfig, directory: RunDirectory) -> bool:
-    found = checkpoints(directory.checkpoints)
-    return (
-        directory.done.exists()
-        and config.resume == "auto"
-        and bool(found)
-        and found[-1][0] >= config.max_steps
     )

@@ -10,7 +10,6 @@ Everything is written to `.tmp-*`, fsynced by the rank that wrote it, and rename
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -25,8 +24,7 @@ from llmtrain.config import Config, UserError
 from llmtrain.distributed import World
 from llmtrain.training.engine.engine import Engine
 
-logger = logging.getLogger(__name__)
-
+REPLACED = ".replaced-"
 NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -56,13 +54,26 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 def find_checkpoint(resume: str, directory: Path) -> Path | None:
     """The checkpoint that `resume` means: the newest in `directory` for `auto`, none for `never`, or a path.
 
-    A path may be a checkpoint or a run directory, which stands for its newest checkpoint.
+    A path may be a checkpoint or a run directory, which stands for its newest checkpoint. It is where a run
+    begins; once `directory` has checkpoints of its own, the newest of those is meant, as a requeue needs it.
     """
     if resume == "never":
         return None
     if resume == "auto":
         found = checkpoints(directory)
         return found[-1][1] if found else None
+    named, own = _named(resume), checkpoints(directory)
+    if not own or own[-1][1].resolve() == named.resolve():
+        return named
+    if named.resolve().parent == directory.resolve():
+        raise UserError(
+            f"resume={resume}: {directory} goes on to {own[-1][1].name}, which would be lost; "
+            "give another output_dir to branch off, or use resume=auto"
+        )
+    return own[-1][1]  # it has begun there already: a job that was requeued
+
+
+def _named(resume: str) -> Path:
     path = Path(resume)
     if (path / "checkpoint.json").is_file():
         return path
@@ -117,19 +128,45 @@ def save_checkpoint(directory: Path, engine: Engine, world: World, record: dict[
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     distributed.barrier()
-    engine.save(temporary)
-    torch.save(_random_states(), temporary / f"rank_{world.rank:05d}.pt")
-    distributed.barrier()
-    if world.is_main:
-        (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2))
-    _fsync_tree(temporary)
-    distributed.barrier()
+    _raise_together(_write(temporary, engine, world, record), temporary, world)
     if world.is_main:
         _publish(temporary, final)
         for _, path in checkpoints(directory)[:-keep]:
-            _remove(path)
+            if path != final:
+                _remove(path)
     distributed.barrier()
     return final
+
+
+def _write(temporary: Path, engine: Engine, world: World, record: dict[str, Any]) -> str | None:
+    """Write this rank's part and make it durable; returns what went wrong."""
+    error = None
+    try:
+        engine.save(temporary)
+        torch.save(_random_states(), temporary / f"rank_{world.rank:05d}.pt")
+        if world.is_main:
+            (temporary / "checkpoint.json").write_text(json.dumps(record, indent=2))
+    except (OSError, RuntimeError) as cause:
+        error = f"rank {world.rank}: {cause}"
+    distributed.barrier()
+    try:
+        _fsync_tree(temporary)
+    except OSError as cause:
+        error = error or f"rank {world.rank}: {cause}"
+    return error
+
+
+def _raise_together(error: str | None, temporary: Path, world: World) -> None:
+    """One rank's failure is everybody's: none is left waiting, and nothing half-written stays."""
+    errors = [found for found in distributed.gather_objects(error) if found]
+    if not errors:
+        return
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    raise UserError(
+        f"{temporary.parent}: a checkpoint could not be written: {errors[0]}; those before it stand",
+        exit_code=1,
+    )
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine, world: World) -> None:
@@ -142,8 +179,12 @@ def load_checkpoint(checkpoint: Path, engine: Engine, world: World) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what an interrupted save or removal left behind."""
-    for pattern in (".tmp-*", ".trash-*"):
+    """Put back what an interrupted replacement moved aside, and remove what else was left behind."""
+    for path in directory.glob(f"{REPLACED}*"):
+        final = path.with_name(path.name.removeprefix(REPLACED))
+        if not final.exists():
+            path.rename(final)
+    for pattern in (".tmp-*", ".trash-*", f"{REPLACED}*"):
         for path in directory.glob(pattern):
             shutil.rmtree(path)
 
@@ -162,10 +203,14 @@ def _set_random_states(states: dict[str, torch.Tensor]) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
+    """Rename into place; a checkpoint that stood there goes only when the new one is durable."""
+    replaced = final.with_name(REPLACED + final.name)
     if final.exists():
-        _remove(final)
+        final.rename(replaced)
     temporary.rename(final)
     _fsync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _remove(checkpoint: Path) -> None:

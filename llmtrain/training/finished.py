@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
+from pydantic import ValidationError
 
-from llmtrain.config import UserError
+from llmtrain.config import UserError, describe
 from llmtrain.data.batch import Batch
+from llmtrain.data.prepare import prepare
+from llmtrain.data.shards import ShardedSource
 from llmtrain.model import Decoder
 from llmtrain.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.training.checkpoint import checkpoints, read_record
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.weights import consolidated_weights
+from llmtrain.training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,27 @@ class FinishedRun:
     config: TrainConfig
     tokenizer: Tokenizer
     model: Decoder
+    record: dict[str, Any]
+    """What the checkpoint says of itself."""
+
+    def sources(self) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
+        """Training and held-out text: the shards it was trained on, or the same text prepared again.
+
+        Other text is a UserError.
+        """
+        found = RunDirectory(self.path).read_json("data/prepared.json") or {}
+        parts: tuple[dict[str, ShardedSource], dict[str, ShardedSource]] = ({}, {})
+        if not all(Path(path).is_dir() for source in found.values() for path in source.values() if path):
+            prepared = prepare(self.config.data, self.tokenizer, self.config.cache_dir)
+            found = prepared.as_dict()
+        for name, source in found.items():
+            for part, path in zip(parts, (source["train"], source["validation"]), strict=True):
+                if path:
+                    part[name] = ShardedSource.open(Path(path))
+        for name, source in self.record["data"]["sources"].items():
+            if name in parts[0] and parts[0][name].manifest_hash != source["manifest_hash"]:
+                raise UserError(f"data.sources.{name}: its text is not what {self.path} was trained on")
+        return parts
 
 
 class LocalModel:
@@ -64,12 +89,14 @@ def open_finished(path: Path, step: int | None = None) -> FinishedRun:
     model = config.model.assemble(vocab_size=tokenizer.vocab_size, seq_len=config.seq_len)
     model.load_state_dict(consolidated_weights(found[step], record["stage"], record["precision"]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return FinishedRun(path, step, config, tokenizer, model.to(device))
+    return FinishedRun(path, step, config, tokenizer, model.to(device), record)
 
 
 def read_config(path: Path) -> TrainConfig:
     """The typed config of the run in `path`."""
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{path}: not a run directory (no config.yaml in it)")
-    return TrainConfig.model_validate(yaml.safe_load(file.read_text()))
+    value = RunDirectory(path).read_config()
+    try:
+        return TrainConfig.model_validate(value)
+    except ValidationError as error:
+        mistakes = "; ".join(describe(TrainConfig, value, error))
+        raise UserError(f"{path / 'config.yaml'}: not a config of this version: {mistakes}") from error

@@ -58,11 +58,11 @@ class LoggerConfig(Config):
     progress: Literal["auto", "lines", "none"]
     wandb: WandbConfig
 
-    def build(self, directory: RunDirectory, config: TrainConfig) -> list[Logger]:
-        """The loggers of the main rank."""
+    def build(self, directory: RunDirectory, config: TrainConfig, step: int = 0) -> list[Logger]:
+        """The loggers of the main rank, for a run that goes on after `step`."""
         loggers: list[Logger] = []
         if self.progress == "auto" and sys.stderr.isatty():
-            loggers.append(ProgressBar(config.max_steps))
+            loggers.append(ProgressBar(config.max_steps, step))
         elif self.progress != "none":
             loggers.append(ProgressLines(config.max_steps))
         if self.wandb.mode != "disabled":
@@ -107,10 +107,12 @@ class ProgressLines:
 class ProgressBar:
     """A bar for a terminal: step, loss, tokens/s and time left; evaluations stay above it as lines."""
 
-    def __init__(self, max_steps: int, stream: IO[str] | None = None) -> None:
+    def __init__(self, max_steps: int, step: int = 0, stream: IO[str] | None = None) -> None:
         self._pace = _Pace(max_steps)
         self._bar = _rich_bar(stream)
-        self._task = self._bar.add_task("training", total=max_steps, text="first step", left="")
+        self._task = self._bar.add_task(
+            "training", total=max_steps, completed=step, text="first step", left=""
+        )
         self._bar.start()
         self._handlers = _follow_stderr()
 

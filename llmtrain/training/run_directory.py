@@ -161,6 +161,13 @@ class RunDirectory:
             if cut := _cut(file):
                 logger.warning("%s: cut an unfinished last line of %d bytes", file, cut)
 
+    def sync(self) -> None:
+        """Make metrics and events durable, so that a checkpoint never outlives the lines before it."""
+        for file in (self.metrics, self.events):
+            if file.exists():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+
     def write_config(self, config: Config) -> None:
         """Write config.yaml from the typed config, secrets left out."""
         text = yaml.safe_dump(

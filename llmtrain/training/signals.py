@@ -30,6 +30,11 @@ class StopRequest:
             return ExitCode.PREEMPTED
         return 128 + self._signal
 
+    @property
+    def name(self) -> str:
+        """The signal that this process got, or that another rank got one."""
+        return signal.Signals(self._signal).name if self._signal else "on another rank"
+
     def listen(self) -> None:
         """Take over SIGTERM and SIGINT of this process."""
         signal.signal(signal.SIGTERM, self._on_signal)

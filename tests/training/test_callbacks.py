@@ -59,6 +59,10 @@ class Run:
     tokenizer: Any = TOKENIZER
     step: int = 0
 
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.max_steps
+
 
 def write_source(directory: Path, text: str, first: int, count: int) -> ShardedSource:
     writer = ShardWriter(
@@ -100,7 +104,7 @@ def run(tmp_path: Path) -> Run:
     dataset = PackedDataset(train, [(0, {"code": 0.75, "prose": 0.25})], **order)
     config = SimpleNamespace(
         seed=3, seq_len=SEQ_LEN, max_steps=10, micro_batch_size=2,
-        data=SimpleNamespace(documents="separate", boundary="bos_eos"),
+        data=SimpleNamespace(documents="separate", boundary="bos_eos", validation_fraction=0.0),
     )  # fmt: skip
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
@@ -115,8 +119,8 @@ def lines_of(
     lines: dict[int, dict[str, Any]] = {}
     for run.step in range(1, last + 1):
         lines[run.step] = {"step": run.step}
-        callback.after_step(run, run.step, lines[run.step])
-    callback.on_end(run)
+        if callback.is_due(run):
+            callback.after_step(run, lines[run.step])
     return lines
 
 

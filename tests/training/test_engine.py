@@ -12,10 +12,10 @@ from llmtrain.training.build import build_model_engine
 from llmtrain.training.config import TrainConfig
 
 
-def build(overrides):
+def build(overrides, precision="fp32"):
     config = compose(TrainConfig, overrides)
     distributed.initialize(World())
-    return config, build_model_engine(config, World(), vocab_size=258, sources=2, precision="fp32")
+    return config, build_model_engine(config, World(), vocab_size=258, sources=2, precision=precision)
 
 
 def batch(rows: int, length: int, sources=None) -> Batch:
@@ -71,9 +71,16 @@ def test_losses_are_summed_by_source(tiny):
     engine.close()
 
 
+def test_bf16_accumulates_gradients_in_fp32(tiny):
+    for stage in (1, 2, 3):
+        _, engine = build([*tiny, f"deepspeed=zero{stage}"], "bf16")
+        assert engine.deepspeed.get_data_types() == (torch.bfloat16, torch.float32)
+        engine.close()
+
+
 def test_a_step_with_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny):
-    for stage in range(4):
-        _, engine = build([*tiny, f"deepspeed=zero{stage}"])
+    for stage, precision in [*((stage, "fp32") for stage in range(4)), *((s, "bf16") for s in (1, 2, 3))]:
+        _, engine = build([*tiny, f"deepspeed=zero{stage}"], precision)
         data = batch(8, 64)
         assert engine.train_step(data, lr=1e-3).applied
         head = next(module for module in engine.model.modules() if hasattr(module, "weight"))

@@ -182,7 +182,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
 
 def test_the_bar_of_a_stream_that_is_no_terminal_ends_with_the_last_step() -> None:
     stream = io.StringIO()
-    bar = ProgressBar(3, stream)
+    bar = ProgressBar(3, stream=stream)
     bar.log(line(3))
     bar.close()
     assert "3/3" in stream.getvalue()

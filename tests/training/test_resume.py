@@ -119,3 +119,50 @@ def test_a_finished_run_is_left_alone_and_goes_on_when_max_steps_rises(ranks, ti
     assert sorted(records(tmp_path / "run")) == [1, 2]
     ranks.run([*tiny, "max_steps=4"], 1, tmp_path)
     assert sorted(records(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+def test_changed_settings_of_the_optimizer_hold_after_a_resume(ranks, tiny, tmp_path):
+    for stage, precision in [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]:
+        common = [*tiny, f"deepspeed=zero{stage}", f"precision={precision}", "checkpoint.every=2"]
+        source = tmp_path / f"first{stage}"
+        ranks.run([*common, "max_steps=2", f"output_dir={source}"], 2, tmp_path)
+        losses = set()
+        for key in ("weight_decay=0.1", "weight_decay=50", "betas=[0.1,0.2]", "eps=1"):
+            run = tmp_path / f"{stage}-{key.replace('[', '').replace(']', '')}"
+            arguments = [f"output_dir='{run}'", f"resume={source}", f"optimizer.{key}", "max_steps=4"]
+            ranks.run([*common, *arguments], 2, tmp_path)
+            losses.add(records(run)[4][0])
+        assert len(losses) == 4, stage
+
+
+def test_another_mixture_and_another_source_after_a_resume(ranks, tiny, tmp_path, corpus):
+    """With a tokenizer that was trained on the first sources: it stays the run's."""
+    common = [*tiny, "tokenizer=sentencepiece", "tokenizer.vocab_size=400"]
+    ranks.run([*common, "max_steps=4"], 1, tmp_path)
+    more = [f"+data.sources.more.path={corpus}/code/heapq.py", "+data.sources.more.format=text"]
+    more += ["+data.sources.more.weight=1.0", "data.sources.code.weight=1.0", "data.sources.prose.weight=2.0"]
+    ranks.run([*common, *more, "max_steps=8"], 1, tmp_path)
+    ledger = json.loads((tmp_path / "run" / "data.json").read_text())["sources"]
+    tokens = {name: row["tokens"] / 64 for name, row in ledger.items()}  # windows
+    assert sum(tokens.values()) == 8 * 8
+    # 32 windows at 0.7 / 0.3, then 32 at 1 / 2 / 1, each within a window of its share.
+    for name, expected in {"code": 22.4 + 8, "prose": 9.6 + 16, "more": 8}.items():
+        assert abs(tokens[name] - expected) < 2
+
+
+def test_another_tokenizer_is_refused(ranks, tiny, tmp_path):
+    ranks.run([*tiny, "max_steps=2"], 1, tmp_path)
+    other = ["tokenizer=sentencepiece", "tokenizer.vocab_size=400", "max_steps=4"]
+    job = ranks.start([*tiny, *other], 1, tmp_path)
+    assert job.wait() == [78]
+    assert "tokenizer" in job.output()
+    assert (tmp_path / "run" / "DONE").exists()  # a refused start changes nothing
+
+
+def test_an_older_checkpoint_of_the_same_run_is_refused(ranks, tiny, tmp_path):
+    ranks.run([*tiny, "max_steps=4", "checkpoint.every=2"], 1, tmp_path)
+    older = tmp_path / "run" / "checkpoints" / "step_00000002"
+    job = ranks.start([*tiny, "max_steps=6", f"resume={older}"], 1, tmp_path)
+    assert job.wait() == [78]
+    assert "would be lost" in job.output()
+    assert steps(tmp_path / "run") == ["step_00000002", "step_00000004"]

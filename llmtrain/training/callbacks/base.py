@@ -51,6 +51,8 @@ class Run(Protocol):
     def dataset(self) -> PackedDataset: ...
     @property
     def step(self) -> int: ...
+    @property
+    def finished(self) -> bool: ...
 
 
 class Callback(Protocol):
@@ -60,10 +62,10 @@ class Callback(Protocol):
         """Before the first step of this process."""
         ...
 
-    def after_step(self, run: Run, step: int, line: dict[str, Any]) -> None:
-        """After every optimizer step; keys put into `line` go into the step's line of metrics.jsonl."""
+    def is_due(self, run: Run) -> bool:
+        """Whether it has something to do after the step just done; every rank answers alike."""
         ...
 
-    def on_end(self, run: Run) -> None:
-        """After the last step of this process, whether the run is complete or was asked to stop."""
+    def after_step(self, run: Run, line: dict[str, Any]) -> None:
+        """After a step where it is due; keys put into `line` go into the step's line of metrics.jsonl."""
         ...

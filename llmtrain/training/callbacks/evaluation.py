@@ -35,12 +35,18 @@ class EvaluationCallback:
 
     def on_start(self, run: Run) -> None:
         if not run.held_out and run.world.is_main:
-            logger.info("no held-out documents (data.validation_fraction=0): nothing will be evaluated")
+            fraction = run.config.data.validation_fraction
+            logger.info(
+                f"data.validation_fraction={fraction} held out no document: nothing will be evaluated"
+                + ("; raise it for so little text" if fraction else "")
+            )
 
-    def after_step(self, run: Run, step: int, line: dict[str, Any]) -> None:
-        last = step >= run.config.max_steps
-        if not run.held_out or not (last or (self._config.every and step % self._config.every == 0)):
-            return
+    def is_due(self, run: Run) -> bool:
+        every = self._config.every
+        return bool(run.held_out) and (run.finished or (every > 0 and run.step % every == 0))
+
+    def after_step(self, run: Run, line: dict[str, Any]) -> None:
+        step = run.step
         began = time.perf_counter()
         results = evaluate_model(
             run.engine.loss,
@@ -50,7 +56,7 @@ class EvaluationCallback:
             documents=run.config.data.documents,
             documents_limit=self._config.documents,
             world=run.world,
-            baselines=self._baselines(run, step) if last else None,
+            baselines=self._baselines(run, step) if run.finished else None,
         )
         line.update(as_metrics(results))
         if run.world.is_main:
@@ -58,9 +64,6 @@ class EvaluationCallback:
             seconds = round(time.perf_counter() - began, 3)
             bits = results["all"]["bits_per_byte"]
             run.directory.append_event("evaluation", step=step, bits_per_byte=bits, seconds=seconds)
-
-    def on_end(self, run: Run) -> None:
-        pass
 
     def _baselines(self, run: Run, step: int) -> Baselines:
         ledger = run.dataset.ledger(step)

@@ -41,18 +41,17 @@ class SampleCallback:
         for prompt in self._config.prompts:
             prompt_ids(run.tokenizer, prompt, run.config.data.boundary)
 
-    def after_step(self, run: Run, step: int, line: dict[str, Any]) -> None:
-        last = step >= run.config.max_steps
-        if not self._config.prompts or not (last or (self._config.every and step % self._config.every == 0)):
-            return
+    def is_due(self, run: Run) -> bool:
+        every = self._config.every
+        return bool(self._config.prompts) and (run.finished or (every > 0 and run.step % every == 0))
+
+    def after_step(self, run: Run, line: dict[str, Any]) -> None:
+        step = run.step
         text = self._sample(run, step)
         if run.world.is_main:
             write_atomically(run.directory.samples / f"step_{step:08d}.txt", text)
-            if last:
+            if run.finished:
                 logger.info("samples after step %d:\n%s", step, printable(text.rstrip()))
-
-    def on_end(self, run: Run) -> None:
-        pass
 
     def _sample(self, run: Run, step: int) -> str:
         """Each prompt with its continuation. Every rank draws alike, so ZeRO-3's calls stay in step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,15 +19,13 @@ from llmtrain.optim.adamw import OptimizerConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
 from llmtrain.training.engine.weights import allow_state_classes
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step was.
 
     source_losses, source_targets: fp64 [sources], sums of target losses and trained targets on all ranks.
-    grad_norm: global L2 norm before clipping; infinite where a gradient was not finite.
+    grad_norm: global L2 norm before clipping; not finite where a gradient was not.
     applied: False where the step was left out because of that.
     stop: whether any rank asked to stop.
     """
@@ -119,7 +116,7 @@ class Engine:
         parts = [part.to(self.device, non_blocking=True) for part in batch.split(self._micro_batch_size)]
         targets = torch.cat([(part.labels != IGNORED).sum(dim=1) for part in parts])
         total = distributed.all_reduce_sum(
-            torch.stack([targets.sum(), torch.tensor(int(stop), device=self.device)])
+            torch.stack([targets.sum(), torch.full((), int(stop), device=self.device)])
         )
         # DeepSpeed averages gradients over ranks; the mean over targets is ours.
         scale = self._ranks / total[0].clamp(min=1)
@@ -148,14 +145,35 @@ class Engine:
         return self.deepspeed(input_ids.to(self.device))
 
     def save(self, directory: Path) -> None:
-        """Write every rank's part of the engine's state below `directory`."""
+        """Write this rank's part of the engine's state below `directory`, or raise what went wrong here.
+
+        DeepSpeed ends a save with a barrier: a rank that raised before it would leave the others waiting.
+        """
+        writer, errors = self.deepspeed.checkpoint_engine, []
+
+        def save(state_dict: Any, path: str) -> None:
+            try:
+                type(writer).save(writer, state_dict, path)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+
+        writer.save = save
         self.deepspeed.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        if errors:
+            raise errors[0]
 
     def load(self, directory: Path) -> None:
-        """Read back what `save` wrote with as many ranks and the same stage; no pickled code runs."""
+        """Read back what `save` wrote with as many ranks and the same stage; no pickled code runs.
+
+        The optimizer's settings stay those of this run: DeepSpeed would bring back the saved ones.
+        """
+        groups = self.deepspeed.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         with allow_state_classes():
             path, _ = self.deepspeed.load_checkpoint(str(directory), tag="engine")
         assert path is not None, f"{directory} holds no engine state"
+        for group, ours in zip(self.deepspeed.optimizer.param_groups, settings, strict=True):
+            group.update(ours)
 
     def close(self) -> None:
         """Free what DeepSpeed holds; the engine is of no use afterwards."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def consolidated_weights(
     distributed.quiet_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with allow_state_classes(), redirect_stdout(io.StringIO()):  # it prints as it goes
+    silence = io.StringIO()  # it prints as it goes, and draws a bar
+    with allow_state_classes(), redirect_stdout(silence), redirect_stderr(silence):
         if stage == 0:
             state = _load(directory / "engine" / "mp_rank_00_model_states.pt")["module"]
         elif stage == 1 and precision == "bf16":

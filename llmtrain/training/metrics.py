@@ -1,0 +1,67 @@
+"""The line of metrics.jsonl that describes a step, and the ledger of the mixture in data.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llmtrain.training.build import Run
+from llmtrain.training.engine.engine import StepResult
+
+PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
+"""Dense bf16 FLOP/s by a part of the device's name (vendor data sheets, SXM boards)."""
+
+
+def step_metrics(run: Run, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+    """The keys of `run.step`'s line; a source without a trained target in this step has the loss NaN."""
+    config = run.config
+    tokens = config.global_batch_size * config.seq_len
+    losses, targets = result.source_losses.cpu(), result.source_targets.cpu()
+    line: dict[str, Any] = {
+        "step": run.step,
+        "train/loss": (losses.sum() / targets.sum()).item(),
+        "train/grad_norm": result.grad_norm,
+        "train/lr": lr,
+        "train/tokens": run.step * tokens,
+    }
+    for name, mean in zip(run.dataset.names, (losses / targets).tolist(), strict=True):
+        line[f"train/loss/{name}"] = mean
+    for name, row in run.dataset.ledger(run.step).items():  # sources of earlier mixtures included
+        line[f"data/share/{name}"] = row["share"]
+        line[f"data/epochs/{name}"] = row["epochs"]
+    line["perf/tokens_per_second"] = tokens / seconds
+    line["perf/step_seconds"] = seconds
+    line["perf/mfu"] = model_flops_utilisation(run, tokens / seconds)
+    return line
+
+
+def model_flops_utilisation(run: Run, tokens_per_second: float) -> float | None:
+    """Model FLOPs against the devices' dense bf16 peak; None where the peak is not known."""
+    peak = peak_flops(run.engine.device)
+    if peak is None:
+        return None
+    flops = run.engine.model.flops_per_token(run.config.seq_len)
+    return flops * tokens_per_second / (peak * run.world.world_size)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s, or None where it is not known (a CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def write_ledger(run: Run) -> None:
+    """data.json: the mixture as asked and as served."""
+    config = run.config
+    run.directory.write_json(
+        "data.json",
+        {
+            "step": run.step,
+            "seq_len": config.seq_len,
+            "global_batch_size": config.global_batch_size,
+            "sources": run.dataset.ledger(run.step),
+        },
+    )
