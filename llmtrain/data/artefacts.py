@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config import UserError
-from llmtrain.data.shards import sync_directory
 from llmtrain.distributed import World
+from llmtrain.files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ def _build_aside(directory: Path, build: Callable[[Path], None]) -> None:
     aside.mkdir()
     try:
         build(aside)
-        sync_directory(aside)
+        sync(aside)
         aside.rename(directory)
-        sync_directory(directory.parent)
+        sync(directory.parent)
     except BaseException:  # Ctrl-C too: leave no rubbish behind
         shutil.rmtree(aside, ignore_errors=True)
         raise

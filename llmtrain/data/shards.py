@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config import UserError
+from llmtrain.files import sync
 
 VERSION = 1
 INDEX = "index.json"
@@ -50,16 +51,7 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=1)
         _sync(file)
     aside.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _sync(file: Any) -> None:

@@ -10,7 +10,6 @@ Everything is written to `.tmp-*`, fsynced by the rank that wrote it, and rename
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import Field
 from llmtrain import distributed
 from llmtrain.config import Config, UserError
 from llmtrain.distributed import World
+from llmtrain.files import sync
 from llmtrain.training.engine.engine import Engine
 
 REPLACED = ".replaced-"
@@ -208,7 +208,7 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -223,12 +223,4 @@ def _remove(checkpoint: Path) -> None:
 def _fsync_tree(directory: Path) -> None:
     """Every rank calls it: on a node's own page cache only the node that wrote a file can flush it."""
     for path in [directory, *directory.rglob("*")]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

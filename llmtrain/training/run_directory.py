@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from llmtrain.config import Config, ExitCode, UserError
+from llmtrain.files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +166,7 @@ class RunDirectory:
         """Make metrics and events durable, so that a checkpoint never outlives the lines before it."""
         for file in (self.metrics, self.events):
             if file.exists():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
+                sync(file)
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml from the typed config, secrets left out."""

@@ -100,7 +100,7 @@ def test_a_changed_run_is_refused_by_name(ranks, tiny, tmp_path, overrides, rank
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     job = ranks.start([*common, "max_steps=4", *overrides], ranks_now, tmp_path)
     assert set(job.wait()) == {78}, job.output()
-    assert named in job.outputs[0].read_text()
+    assert named in job.output()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
@@ -166,3 +166,19 @@ def test_an_older_checkpoint_of_the_same_run_is_refused(ranks, tiny, tmp_path):
     assert job.wait() == [78]
     assert "would be lost" in job.output()
     assert steps(tmp_path / "run") == ["step_00000002", "step_00000004"]
+
+
+def test_a_second_job_in_the_same_directory_ends_with_73_and_touches_nothing(ranks, tiny, tmp_path):
+    job = ranks.start([*tiny, "max_steps=400"], 1, tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists():
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.05)
+    second = ranks.start([*tiny, "max_steps=400"], 1, tmp_path)
+    assert second.wait() == [73]
+    assert f"process {job.pids[0]} on" in second.output()
+    os.kill(job.pids[0], signal.SIGTERM)
+    assert job.wait() == [85]
+    assert sorted(records(tmp_path / "run")) == list(range(1, len(records(tmp_path / "run")) + 1))
+    assert all(len(rows) == 1 for rows in records(tmp_path / "run").values())
