@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtrain.distributed import visible_accelerators
+
 SERVER = "tests.ranks"
 WARM = (
     "llmtrain.train",
@@ -72,7 +74,9 @@ class RankServer:
     """A warm process that forks ranks on request."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_MODULE_LOADING": "LAZY"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if visible_accelerators() < 2:  # two ranks take NCCL where two GPUs are, else gloo on the CPU
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", SERVER],
             stdin=subprocess.PIPE,
