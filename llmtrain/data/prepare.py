@@ -56,6 +56,31 @@ class Prepared:
     tokenizer: Tokenizer
     sources: dict[str, PreparedSource]
 
+    def open(self) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
+        """The training text of every source, and the held-out text of those that have some."""
+        train = {name: ShardedSource.open(source.train) for name, source in self.sources.items()}
+        held_out = {
+            name: ShardedSource.open(source.validation)
+            for name, source in self.sources.items()
+            if source.validation is not None
+        }
+        return train, held_out
+
+    @classmethod
+    def from_dict(cls, tokenizer: Tokenizer, paths: Mapping[str, Mapping[str, str | None]]) -> Prepared:
+        """The inverse of `as_dict`; whether the shards are still there is not looked at."""
+        sources = {}
+        for name, source in paths.items():
+            train, validation = source[TRAIN], source[VALIDATION]
+            assert train is not None
+            sources[name] = PreparedSource(Path(train), Path(validation) if validation else None)
+        return cls(tokenizer, sources)
+
+    def is_there(self) -> bool:
+        """Whether there are sources, and every directory of theirs."""
+        paths = [path for source in self.sources.values() for path in (source.train, source.validation)]
+        return bool(paths) and all(path is None or path.is_dir() for path in paths)
+
     def as_dict(self) -> dict[str, dict[str, str | None]]:
         """The absolute path of each source's shards, as JSON."""
         return {

@@ -132,7 +132,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     stop = StopRequest()
     stop.listen()
     tokenizer, step = prepared.tokenizer, 0
-    train_sources, held_out = open_sources(prepared)
+    train_sources, held_out = prepared.open()
     dataset = build_dataset(config, train_sources)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = config.deepspeed.resolve_precision(config.precision, device, distributed.fast_bf16_cpu())
@@ -172,17 +172,6 @@ def _tell_mixture(dataset: PackedDataset, steps: int) -> None:
             f"{name}: {row['weight']:.1%} of the stream, {row['epochs']:.2f} epochs of "
             f"{row['total_tokens']:,} tokens in {steps} steps"
         )
-
-
-def open_sources(prepared: Prepared) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
-    """The training text of every source, and the held-out text of those that have some."""
-    train_sources = {name: ShardedSource.open(source.train) for name, source in prepared.sources.items()}
-    held_out = {
-        name: ShardedSource.open(source.validation)
-        for name, source in prepared.sources.items()
-        if source.validation is not None
-    }
-    return train_sources, held_out
 
 
 def describe_run(

@@ -92,9 +92,9 @@ def check_record(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any
     The data engine compares its own state. Weights are tied to the tokenizer and the model; the files of
     DeepSpeed to ranks, stage and precision.
     """
-    for key in ("tokenizer", "world_size", "stage", "precision"):
+    for key, name in NAMES.items():
         if saved[key] != current[key]:
-            raise UserError(_differs(checkpoint, NAMES[key], saved[key], current[key]))
+            raise UserError(_differs(checkpoint, name, saved[key], current[key]))
     for key in {**saved["model"], **current["model"]}:
         before, now = saved["model"].get(key), current["model"].get(key)
         if before != now and key != "attention":  # every attention backend computes the same function

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from llmtrain.config import UserError, describe
 from llmtrain.data.batch import Batch
-from llmtrain.data.prepare import prepare
+from llmtrain.data.prepare import Prepared, prepare
 from llmtrain.data.shards import ShardedSource
 from llmtrain.model import Decoder
 from llmtrain.tokenizer import Tokenizer, load_tokenizer
@@ -38,19 +38,15 @@ class FinishedRun:
 
         Other text is a UserError.
         """
-        found = RunDirectory(self.path).read_json("data/prepared.json") or {}
-        parts: tuple[dict[str, ShardedSource], dict[str, ShardedSource]] = ({}, {})
-        if not all(Path(path).is_dir() for source in found.values() for path in source.values() if path):
+        paths = RunDirectory(self.path).read_json("data/prepared.json") or {}
+        prepared = Prepared.from_dict(self.tokenizer, paths)
+        if not prepared.is_there():
             prepared = prepare(self.config.data, self.tokenizer, self.config.cache_dir)
-            found = prepared.as_dict()
-        for name, source in found.items():
-            for part, path in zip(parts, (source["train"], source["validation"]), strict=True):
-                if path:
-                    part[name] = ShardedSource.open(Path(path))
+        train, held_out = prepared.open()
         for name, source in self.record["data"]["sources"].items():
-            if name in parts[0] and parts[0][name].manifest_hash != source["manifest_hash"]:
+            if name in train and train[name].manifest_hash != source["manifest_hash"]:
                 raise UserError(f"data.sources.{name}: its text is not what {self.path} was trained on")
-        return parts
+        return train, held_out
 
 
 class LocalModel:

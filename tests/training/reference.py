@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from llmtrain.config.hydra import compose
 from llmtrain.data.prepare import prepare
-from llmtrain.data.shards import ShardedSource
 from llmtrain.model.init import initialize_parameters
 from llmtrain.training.build import build_dataset
 from llmtrain.training.config import TrainConfig
@@ -27,7 +26,7 @@ def reference_curve(overrides: Sequence[str], precision: str) -> Curve:
     """Losses and gradient norms of a run, in fp32 or in bf16 with fp32 masters and accumulation."""
     config = compose(TrainConfig, overrides)
     prepared = prepare(config.data, config.tokenizer, config.cache_dir)
-    sources = {name: ShardedSource.open(source.train) for name, source in prepared.sources.items()}
+    sources, _ = prepared.open()
     dataset = build_dataset(config, sources)
     model = config.model.assemble(vocab_size=prepared.tokenizer.vocab_size, seq_len=config.seq_len)
     initialize_parameters(model, config.seed)

@@ -10,7 +10,7 @@ import pytest
 from llmtrain.config.hydra import compose
 from llmtrain.data.prepare import prepare
 from llmtrain.evaluate import main as evaluate_main
-from llmtrain.training.build import build_dataset, open_sources
+from llmtrain.training.build import build_dataset
 from llmtrain.training.config import TrainConfig
 
 KEYS = {
@@ -33,7 +33,7 @@ def test_every_key_of_every_line(ranks, tiny, tmp_path):
     assert ["eval/loss" in line for line in lines] == [True, False, True, True]
 
     config = compose(TrainConfig, overrides)
-    train, held_out = open_sources(prepare(config.data, config.tokenizer, config.cache_dir))
+    train, held_out = prepare(config.data, config.tokenizer, config.cache_dir).open()
     dataset = build_dataset(config, train)
     assert dataset.names == ["code", "prose"]
     served = dict.fromkeys(dataset.names, 0)
