@@ -38,6 +38,8 @@ from llmtrain.distributed import World
 
 VERSION_BASE = "1.3"
 MISSING = "???"
+PRIMARY = "config"
+"""The file at the top of conf/ that composition begins with, unless a door has one of its own."""
 
 __all__ = ["compose", "config_directory", "hydra_door", "plain_door", "quoted"]
 
@@ -57,12 +59,13 @@ def compose(
     overrides: Sequence[str] = (),
     directory: Path | None = None,
     config_dir: str | Path | None = None,
+    primary: str = PRIMARY,
 ) -> C:
-    """`config.yaml` of `directory` with `overrides` as a validated `root`; UserError lists every mistake.
+    """`<primary>.yaml` of `directory` with `overrides` as a validated `root`; UserError lists every mistake.
 
     `config_dir` adds a directory with more options for the groups, as `--config-dir` does.
     """
-    composed = _compose(overrides, directory or config_directory(), config_dir)
+    composed = _compose(overrides, _Tree(directory or config_directory(), config_dir, primary))
     with _one_line_errors():
         value = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     unset = sorted(OmegaConf.missing_keys(composed))
@@ -82,13 +85,15 @@ def hydra_door(
     doc: str | None = "",
     argv: Sequence[str] | None = None,
     directory: Path | None = None,
+    primary: str = PRIMARY,
 ) -> int:
     """Composes the config that the command line asks for, hands it to `run`, and returns the exit code.
 
     `root` is the config class, or a function that imports and returns it, so that `--help` needs nothing
-    heavy. Mistakes (UserError, from here or from `run`) are printed once, by rank 0, a line each.
+    heavy. `primary` is the door's own file in conf/, where it has keys beside those of every run. Mistakes
+    (UserError, from here or from `run`) are printed once, by rank 0, a line each.
     """
-    door = _Door(root, run, doc or "", directory or config_directory())
+    door = _Door(root, run, doc or "", directory or config_directory(), primary)
     return rank_door(lambda world: door.answer(sys.argv[1:] if argv is None else argv, world))
 
 
@@ -110,18 +115,35 @@ class _Door(Generic[C]):
     run: Callable[[C], int | None]
     doc: str
     directory: Path
+    primary: str
 
     def answer(self, argv: Sequence[str], world: World) -> int | None:
         options = _parse(without_local_rank(argv))
         module = _module_of(self.run)
+        tree = _Tree(self.directory, options.config_dir, self.primary)
         if options.multirun:
-            return _run_each(options, module, self.directory, world)
+            return _run_each(options, module, tree, world)
         if options.help or options.cfg or options.info:
             if world.is_main:
-                _show(options, self.doc, module.rpartition(".")[2], self.directory)
+                _show(options, self.doc, module.rpartition(".")[2], tree)
             return 0
         root = self.root if isinstance(self.root, type) else self.root()
-        return self.run(compose(root, options.overrides, self.directory, options.config_dir))
+        return self.run(
+            compose(root, options.overrides, tree.directory, tree.config_dir, primary=tree.primary)
+        )
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """The YAML files to compose from."""
+
+    directory: Path
+    config_dir: str | Path | None = None
+    primary: str = PRIMARY
+
+    @property
+    def directories(self) -> list[Path]:
+        return [self.directory, Path(self.config_dir)] if self.config_dir else [self.directory]
 
 
 # The command line
@@ -157,16 +179,16 @@ def _unknown_option(word: str) -> str:
     return f"{word}: no such option; {hint}"
 
 
-def _show(options: argparse.Namespace, doc: str, door: str, directory: Path) -> None:
+def _show(options: argparse.Namespace, doc: str, door: str, tree: _Tree) -> None:
     if options.help:
-        groups = config_groups(_directories(directory, options.config_dir))
-        sys.stdout.write(help_page(doc, door, groups, _choices(options, directory)))
+        groups = config_groups(tree.directories)
+        sys.stdout.write(help_page(doc, door, groups, _choices(options, tree)))
     elif options.cfg == "job" and not options.info:
-        composed = _compose(options.overrides, directory, options.config_dir)
+        composed = _compose(options.overrides, tree)
         with _one_line_errors():
             sys.stdout.write(_yaml(composed, options.package, options.resolve))
     else:
-        _ask_hydra_itself(options.argv, directory)
+        _ask_hydra_itself(options.argv, tree)
 
 
 def _yaml(composed: DictConfig, key: str | None, resolve: bool) -> str:
@@ -176,21 +198,21 @@ def _yaml(composed: DictConfig, key: str | None, resolve: bool) -> str:
     return OmegaConf.to_yaml(part, resolve=resolve) if OmegaConf.is_config(part) else f"{part}\n"
 
 
-def _choices(options: argparse.Namespace, directory: Path) -> dict[str, str | None]:
+def _choices(options: argparse.Namespace, tree: _Tree) -> dict[str, str | None]:
     """{group: the option in use}; empty when the overrides do not compose, for help must come anyway."""
     try:
-        composed = _compose(options.overrides, directory, options.config_dir, hydra_node=True)
+        composed = _compose(options.overrides, tree, hydra_node=True)
     except UserError:
         return {}
     return {group.partition("@")[0]: option for group, option in composed.hydra.runtime.choices.items()}
 
 
-def _ask_hydra_itself(argv: Sequence[str], directory: Path) -> None:
+def _ask_hydra_itself(argv: Sequence[str], tree: _Tree) -> None:
     """`--info` and `--cfg hydra`: questions about Hydra that only its own main answers, from sys.argv."""
     before = sys.argv
     sys.argv = [before[0], *argv]
     try:
-        hydra.main(str(directory), "config", VERSION_BASE)(lambda _: None)()
+        hydra.main(str(tree.directory), tree.primary, VERSION_BASE)(lambda _: None)()
     except SystemExit as end:
         if end.code:
             raise UserError("Hydra could not answer; its reason stands above") from end
@@ -198,7 +220,7 @@ def _ask_hydra_itself(argv: Sequence[str], directory: Path) -> None:
         sys.argv = before
 
 
-def _run_each(options: argparse.Namespace, module: str, directory: Path, world: World) -> int:
+def _run_each(options: argparse.Namespace, module: str, tree: _Tree, world: World) -> int:
     """`--multirun`: each combination in a process of its own, one after another; the first bad code, or 0."""
     if world.world_size > 1:
         raise UserError(
@@ -207,7 +229,7 @@ def _run_each(options: argparse.Namespace, module: str, directory: Path, world: 
         )
     codes = []
     for number, overrides in enumerate(_combinations(options.overrides)):
-        composed = _compose(overrides, directory, options.config_dir)
+        composed = _compose(overrides, tree)
         own = [_numbered(key, composed[key], number) for key in ("name", "output_dir") if key in composed]
         extra = ["--config-dir", options.config_dir] if options.config_dir else []
         command = [sys.executable, "-m", module, *overrides, *own, *extra]
@@ -246,19 +268,17 @@ def _module_of(run: Callable[..., Any]) -> str:
 # Composition
 
 
-def _compose(
-    overrides: Sequence[str], directory: Path, config_dir: str | Path | None = None, hydra_node: bool = False
-) -> DictConfig:
+def _compose(overrides: Sequence[str], tree: _Tree, hydra_node: bool = False) -> DictConfig:
     """Hydra's composition. A key that does not exist is let through: validation knows the nearest match."""
     _refuse_job_options(overrides)
-    words = [*overrides, *_search_path(overrides, config_dir)]
+    words = [*overrides, *_search_path(overrides, tree.config_dir)]
     with (
-        _one_line_errors(config_groups(_directories(directory, config_dir)), overrides),
-        hydra.initialize_config_dir(str(directory), version_base=VERSION_BASE),
+        _one_line_errors(config_groups(tree.directories), overrides),
+        hydra.initialize_config_dir(str(tree.directory), version_base=VERSION_BASE),
     ):
         while True:
             try:
-                return hydra.compose("config", words, return_hydra_config=hydra_node)
+                return hydra.compose(tree.primary, words, return_hydra_config=hydra_node)
             except ConfigCompositionException as error:
                 allowed = _with_new_key(words, str(error))
                 if allowed == words:
@@ -299,10 +319,6 @@ def _without_missing(value: Any) -> Any:
 
 
 # Hydra's own errors
-
-
-def _directories(directory: Path, config_dir: str | Path | None) -> list[Path]:
-    return [directory, Path(config_dir)] if config_dir else [directory]
 
 
 @contextmanager
