@@ -1,37 +1,77 @@
 """The rows of every step of a run, as a pure function of sources, mixture, seed and step.
 
-G  global_batch_size in rows, the only batch quantity that enters the order
-n  (step - 1) * G + row, the number of a window: steps count from 1, rows and windows from 0
+G      global_batch_size in rows, the only batch quantity that enters the order
+order  the rows of all steps as they are where nothing is skipped; its steps count from 1
+n      (step of the order - 1) * G + row, the number of a window: rows and windows count from 0
 """
 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from itertools import count
-from typing import Any
+from itertools import accumulate, count
+from typing import Any, Literal
 
 from llmtrain.config import UserError
 from llmtrain.data.batch import Batch
 from llmtrain.data.mixture import Mixture, Stage, Weight, continue_stages
 from llmtrain.data.packing import Documents, Row, pack
-from llmtrain.data.stream import Stream, TokenSource
+from llmtrain.data.stream import BestFit, Cut, Cutting, Stream, TokenSource
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+Packing = Literal["cut", "best_fit"]
+
+STATE_VERSION = 2
 STEPS_AHEAD = 2
 """Steps that are read before they are asked for."""
+HASH_DIGITS = 16
+"""So much of a hash is kept in a state: 64 bits, enough to tell two texts of one source apart."""
+
+
+class Skip:
+    """Stretches [first, last] of the order, ascending and apart, that training leaves out."""
+
+    def __init__(self, stretches: Sequence[Sequence[int]]) -> None:
+        self.stretches = [(int(first), int(last)) for first, last in stretches]
+        self._firsts = [first for first, _ in self.stretches]
+        self._left_out = list(accumulate((last - first + 1 for first, last in self.stretches), initial=0))
+        """Steps in the first i stretches."""
+        self._reached = [first - before for first, before in zip(self._firsts, self._left_out, strict=False)]
+        """The step of training that would have met each stretch."""
+
+    def data_step(self, step: int) -> int:
+        """The step of the order that a step of training trains."""
+        return step + self._left_out[bisect_right(self._reached, step)]
+
+    def training_step(self, data_step: int) -> int | None:
+        """The step of training that trains a step of the order; None where it is left out."""
+        number = bisect_right(self._firsts, data_step)
+        if number and data_step <= self.stretches[number - 1][1]:
+            return None
+        return data_step - self._left_out[number]
+
+    def before(self, data_step: int) -> list[tuple[int, int]]:
+        """The stretches that lie before a step of the order."""
+        return [stretch for stretch in self.stretches if stretch[1] < data_step]
+
+    def after(self, data_step: int) -> list[tuple[int, int]]:
+        """The stretches, or what is left of them, that lie after a step of the order."""
+        return [(max(first, data_step + 1), last) for first, last in self.stretches if last > data_step]
 
 
 class PackedDataset:
-    """Packed rows from a mixture of prepared sources; nothing in it moves when rows are read.
+    """Packed rows from a mixture of sources; nothing in it moves when rows are read.
 
     `weights` are shares of the tokens of the final stream, or a list of (first window, shares) where they
-    change on the way. `source_ids` of the batches index `names`.
+    change on the way. `source_ids` of the batches index `names`. `packing`, with `max_padding` for best_fit:
+    how windows are made. `curriculum`: (length of a segment at step 1, first step with whole documents).
+    `skip`: stretches [first, last] of the order's steps that are left out. `boundary_targets` (None: where
+    documents attend to each other) as in `pack`.
     """
 
     def __init__(
@@ -44,34 +84,69 @@ class PackedDataset:
         seed: int,
         documents: Documents,
         shuffle_span: int,
+        boundary_targets: bool | None = None,
+        packing: Packing = "cut",
+        max_padding: float = 0.01,
+        curriculum: tuple[int, int] | None = None,
+        skip: Sequence[Sequence[int]] = (),
     ) -> None:
         self.names = sorted(sources)
         """The sources by number."""
-        self._seq_len, self._global_batch_size, self._documents = seq_len, global_batch_size, documents
+        self.global_batch_size = global_batch_size
+        self._seq_len, self._documents, self._curriculum = seq_len, documents, curriculum
+        self._boundary_targets = documents == "attend" if boundary_targets is None else boundary_targets
         self._stages = _stages_of(weights, sources)
         self.mixture = Mixture(self._stages)
-        self._streams = {
-            name: Stream(sources[name], name, seed, seq_len, shuffle_span) for name in self.names
-        }
-        self._order = {
+        self.skip = Skip(skip)
+
+        def cutting(source: TokenSource) -> Cutting:
+            if packing == "cut":
+                return Cut(source, seq_len)
+            return BestFit(source, seq_len, max_padding, keep=2 * shuffle_span)
+
+        self.streams = {name: Stream(cutting(sources[name]), name, seed, shuffle_span) for name in self.names}
+        self._order: dict[str, Any] = {
             "seed": seed,
             "seq_len": seq_len,
             "global_batch_size": global_batch_size,
             "shuffle_span": shuffle_span,
             "documents": documents,
+            "boundary_targets": self._boundary_targets,
+            "packing": packing,
+            "max_padding": None if packing == "cut" else max_padding,
         }
-        self._content: dict[str, dict[str, Any]] = {
-            name: {"manifest_hash": sources[name].manifest_hash, "tokens": int(sources[name].tokens)}
-            for name in self.names
-        }
+        self._earlier: dict[str, dict[str, Any]] = {}
+        """What a resumed state said of its sources."""
+
+    def data_step(self, step: int) -> int:
+        """The step of the order that a step of training trains: `skip` is a remap of step numbers."""
+        return self.skip.data_step(step)
 
     def rows(self, step: int, first: int, last: int) -> Batch:
-        """Rows first .. last - 1 of the global batch of a step."""
-        assert step >= 1 and 0 <= first < last <= self._global_batch_size, (step, first, last)
-        window = (step - 1) * self._global_batch_size
+        """Rows first .. last - 1 of the global batch of a step; waits for text that is still on its way."""
+        assert step >= 1 and 0 <= first < last <= self.global_batch_size, (step, first, last)
+        window = (self.data_step(step) - 1) * self.global_batch_size
         sources, ks = self.mixture.picks(window + first, window + last)
-        rows = [self._row(source, k) for source, k in zip(sources.tolist(), ks.tolist(), strict=True)]
-        return pack(rows, self._seq_len, self._documents)
+        return pack(
+            [self._row(source, k) for source, k in zip(sources.tolist(), ks.tolist(), strict=True)],
+            self._seq_len,
+            self._documents,
+            boundary_targets=self._boundary_targets,
+            segment_length=self.segment_length(step),
+        )
+
+    def needs(self, steps_done: int) -> tuple[dict[str, list[int]], dict[str, float]]:
+        """Each source's shards in the order in which its first pass reads them, and its share from now on."""
+        orders = {name: stream.first_order for name, stream in self.streams.items()}
+        shares = self.mixture.shares(self._order_done(steps_done) * self.global_batch_size)
+        return orders, {name: shares.get(name, 0.0) for name in orders}
+
+    def segment_length(self, step: int) -> int | None:
+        """How long a segment may be at a step: it grows linearly; None once documents are whole."""
+        if self._curriculum is None or step >= self._curriculum[1]:
+            return None
+        shortest, until_step = self._curriculum
+        return shortest + (self._seq_len - shortest) * (step - 1) // (until_step - 1)
 
     def batches(
         self, start_step: int, rank: int, world_size: int, pin_memory: bool = False
@@ -81,7 +156,7 @@ class PackedDataset:
         Rank r of R has the rows rG/R .. (r+1)G/R - 1. What goes wrong in the thread is raised here, and the
         thread ends when the iterator is closed or dropped.
         """
-        first, last = (r * self._global_batch_size // world_size for r in (rank, rank + 1))
+        first, last = (r * self.global_batch_size // world_size for r in (rank, rank + 1))
 
         def load(step: int) -> Batch:
             batch = self.rows(step, first, last)
@@ -99,12 +174,14 @@ class PackedDataset:
 
     def state(self, steps_done: int) -> dict[str, Any]:
         """Where the order stands after so many steps and what it depends on: a few hundred bytes of JSON."""
+        done = self._order_done(steps_done)
         return {
             "version": STATE_VERSION,
-            "windows": steps_done * self._global_batch_size,
+            "windows": done * self.global_batch_size,
             **self._order,
             "stages": self.mixture.stages,
-            "sources": self._content,
+            "skip": self.skip.before(done),
+            "sources": self._content(),
         }
 
     def check_state(self, state: Mapping[str, Any]) -> int:
@@ -116,51 +193,102 @@ class PackedDataset:
         for field, ours in {"version": STATE_VERSION, **self._order}.items():
             saved = state.get(field)
             _check_same(field, saved, ours, f"set {field}={saved} again")
-        for name in sorted(self._content.keys() & state["sources"].keys()):
-            for field, ours in self._content[name].items():
-                way_out = "restore its text, tokenizer and boundary, give the new text a new source name"
-                _check_same(f"{field} of data.sources.{name}", state["sources"][name][field], ours, way_out)
+        content = self._content()
+        for name in sorted(self.streams.keys() & state["sources"].keys()):
+            ours, saved = content[name], state["sources"][name]
+            field = "manifest_hash" if _are_both_complete(ours, saved) else "fingerprint"
+            way_out = "restore its text, tokenizer and boundary, give the new text a new source name"
+            _check_same(f"{field} of data.sources.{name}", saved[field], ours[field], way_out)
         return int(state["windows"])
 
     def resumed(self, state: Mapping[str, Any]) -> PackedDataset:
         """The dataset that goes on from `state`; where the weights differ a new stage begins at its window.
 
-        Every source goes on at its own cursor: nothing is repeated, nothing is skipped.
+        Every source goes on at its own cursor: nothing is repeated, nothing is skipped, but for what is yet
+        to come of `skip`. What was skipped before `state` stays skipped, and nothing else does.
         """
         window = self.check_state(state)
         resumed = copy(self)
         resumed.mixture = Mixture(continue_stages(state["stages"], self._stages, window))
-        resumed._content = {**state["sources"], **self._content}
+        resumed.skip = Skip([*state["skip"], *self.skip.after(window // self.global_batch_size)])
+        resumed._earlier = dict(state["sources"])
         if resumed.mixture.stages[-1][0] == window > 0:
             logger.info("mixture: new weights from window %d on: %s", *resumed.mixture.stages[-1])
         return resumed
 
-    def ledger(self, steps_done: int) -> dict[str, dict[str, float]]:
-        """What each source has served after so many steps, by arithmetic.
+    def ledger(self, steps_done: int) -> dict[str, dict[str, Any]]:
+        """What each source has served after so many steps, by arithmetic; waits for nothing.
 
-        weight: the share the mixture steers to now; share: of all tokens served, this source's part;
-        tokens: served; total_tokens: T; epochs: tokens / T.
+        weight: the share the mixture steers to now; share: of all tokens trained, this source's part;
+        tokens: trained, counted in windows of L; skipped: tokens that `skip` left out; total_tokens: T;
+        epochs: passes that the trained tokens make; to_come: tokens that are not served yet of the pass that
+        is under way. The last three are None while the size of a pass is not known.
         """
-        windows = steps_done * self._global_batch_size
+        done = self._order_done(steps_done)
+        windows = done * self.global_batch_size
+        trained = max(steps_done * self.global_batch_size, 1)
         weights = self.mixture.shares(max(windows - 1, 0))
-        ledger = {}
-        for name, served in zip(self.mixture.names, self.mixture.counts(windows), strict=True):
-            tokens, total = served * self._seq_len, self._content[name]["tokens"]
+        content = self._content()
+        ledger: dict[str, dict[str, Any]] = {}
+        counts = zip(
+            self.mixture.names, self.mixture.counts(windows), self._skipped_windows(done), strict=True
+        )
+        for name, served, skipped in counts:
             ledger[name] = {
                 "weight": weights[name],
-                "share": served / max(windows, 1),
-                "tokens": tokens,
-                "total_tokens": total,
-                "epochs": tokens / total,
+                "share": (served - skipped) / trained,
+                "tokens": (served - skipped) * self._seq_len,
+                "skipped": skipped * self._seq_len,
+                "total_tokens": content[name]["tokens"],
+                "epochs": None,
+                "to_come": None,
             }
+            size = self._pass_tokens(name, content[name]["tokens"])
+            if size:
+                passes = max(-(-served * self._seq_len // size), 1)
+                ledger[name]["epochs"] = ledger[name]["tokens"] / size
+                ledger[name]["to_come"] = passes * size - served * self._seq_len
         return ledger
 
-    def _row(self, source: int, k: int) -> Row:
+    def _order_done(self, steps_done: int) -> int:
+        """The last step of the order that was trained."""
+        return self.data_step(steps_done) if steps_done else 0
+
+    def _skipped_windows(self, data_step: int) -> list[int]:
+        """Windows of each source, by its number in the mixture, that were skipped before a step."""
+        total = [0] * len(self.mixture.names)
+        for first, last in self.skip.before(data_step):
+            edges = [step * self.global_batch_size for step in (first - 1, last)]
+            before, after = (self.mixture.counts(edge) for edge in edges)
+            total = [t + b - a for t, a, b in zip(total, before, after, strict=True)]
+        return total
+
+    def _pass_tokens(self, name: str, tokens: int | None) -> int | None:
+        """What a pass over a source serves, in tokens: T, or the places in its windows."""
+        if self._order["packing"] == "cut":
+            return tokens
+        windows = self.streams[name].units if name in self.streams else None
+        return windows and windows * self._seq_len
+
+    def _content(self) -> dict[str, dict[str, Any]]:
+        """What is known of each source by now, those of earlier mixtures included."""
+        content = dict(self._earlier)
+        for name, stream in self.streams.items():
+            ours = _content_of(stream.source)
+            # Text that is being prepared once more may have been complete before.
+            content[name] = ours if ours["manifest_hash"] else {**ours, **content.get(name, {})}
+        return content
+
+    def stream(self, source: int) -> Stream:
+        """The stream of a source of the mixture, by its number there."""
         name = self.mixture.names[source]
-        if name not in self._streams:
+        if name not in self.streams:
             raise UserError(f"data.sources has no {name}, which served windows before the run was resumed")
-        stream = self._streams[name]
-        return Row(self.names.index(name), stream.source, stream.pieces(stream.window(k)))
+        return self.streams[name]
+
+    def _row(self, source: int, k: int) -> Row:
+        stream = self.stream(source)
+        return Row(self.names.index(stream.name), stream.source, stream.serve(k))
 
 
 def _stages_of(
@@ -174,6 +302,27 @@ def _stages_of(
         if source.tokens == 0:
             raise UserError(f"data.sources.{name}: there is no token in it; remove it, or give it text")
     return [(first, {**dict.fromkeys(sources, 0), **shares}) for first, shares in stages]
+
+
+def is_same_text(source: TokenSource, saved: Mapping[str, Any]) -> bool:
+    """Whether a source is the one that a state speaks of."""
+    ours = _content_of(source)
+    field = "manifest_hash" if _are_both_complete(ours, saved) else "fingerprint"
+    return bool(ours[field] == saved[field])
+
+
+def _content_of(source: TokenSource) -> dict[str, Any]:
+    complete = source.manifest_hash is not None and source.tokens is not None
+    return {
+        "manifest_hash": str(source.manifest_hash)[:HASH_DIGITS] if complete else None,
+        "tokens": int(source.tokens or 0) if complete else None,
+        "fingerprint": source.fingerprint[:HASH_DIGITS],
+    }
+
+
+def _are_both_complete(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Text that is still being prepared can be told by its input only."""
+    return bool(one["manifest_hash"] and other["manifest_hash"])
 
 
 def _check_same(field: str, saved: Any, ours: Any, way_out: str) -> None:

@@ -13,21 +13,23 @@ from llmtrain.data.stream import Layout, TokenSource
 
 CHUNK = 1 << 20
 """Tokens that are counted at once."""
+SHARDS_AHEAD = 4
+"""Shards that are asked for while one is read."""
 
 
 class DocumentSource(TokenSource, Protocol):
-    """Prepared tokens that also know how much text each document was."""
+    """A source that also knows how much text each document was."""
 
     def text_bytes(self, shard: int) -> np.ndarray:
-        """The length of each document's text in UTF-8: int64 [documents]."""
+        """The length of each document's text in UTF-8: int64 [documents]; waits until the shard is there."""
 
 
 class HeldOut:
     """The first `documents_limit` documents of a source (None: all) as batches of `rows` windows.
 
-    Window w holds the tokens wL .. wL + L, so that every token but the first is a label once. Where
-    documents are kept apart the first token of each is context only, as in training. Iterating gives
-    `len(held_out)` batches; all have `rows` rows, filled up with rows without targets.
+    Window w holds the tokens wL .. wL + L, so that every token but the first is a label once; which of these
+    are targets, `documents` and `boundary_targets` say as in training. Iterating gives `len(held_out)`
+    batches; all have `rows` rows, filled up with rows without targets. No shard behind the limit is read.
     """
 
     def __init__(
@@ -37,14 +39,15 @@ class HeldOut:
         rows: int,
         documents_limit: int | None = None,
         documents: Documents = "separate",
+        boundary_targets: bool | None = None,
     ) -> None:
         self._source, self._seq_len, self._rows, self._documents = source, seq_len, rows, documents
+        self._boundary_targets = documents == "attend" if boundary_targets is None else boundary_targets
         self.documents = self.text_bytes = 0
-        lengths = []
-        for shard in range(len(source.lengths)):
+        lengths: list[int] = []
+        while len(lengths) < source.shards and self.documents != documents_limit:
+            shard = _next_shard(source, len(lengths))
             left = None if documents_limit is None else documents_limit - self.documents
-            if left == 0:
-                break
             text_bytes = source.text_bytes(shard)[:left]
             self.documents += len(text_bytes)
             self.text_bytes += int(text_bytes.sum())
@@ -62,7 +65,8 @@ class HeldOut:
     def batch(self, index: int) -> Batch:
         """One batch; past the end a batch without targets, so that ranks can stay in step."""
         windows = range(index * self._rows, (index + 1) * self._rows)
-        return pack([self._row(window) for window in windows], self._seq_len, self._documents)
+        rows = [self._row(window) for window in windows]
+        return pack(rows, self._seq_len, self._documents, boundary_targets=self._boundary_targets)
 
     def _row(self, window: int) -> Row:
         start = window * self._seq_len
@@ -70,24 +74,28 @@ class HeldOut:
         return Row(0, self._source, self._layout.pieces(0, start, stop))
 
 
-def held_out_batches(
-    source: DocumentSource,
-    seq_len: int,
-    rows: int,
-    documents_limit: int | None = None,
-    documents: Documents = "separate",
-) -> HeldOut:
-    """Sequential windows over held-out documents, with the bytes of text they cover as `.text_bytes`."""
-    return HeldOut(source, seq_len, rows, documents_limit, documents)
-
-
 def unigram_counts(source: TokenSource, vocab_size: int, limit_tokens: int | None = None) -> np.ndarray:
-    """How often each id occurs in the first `limit_tokens` tokens (None: all): int64 [vocab_size]."""
+    """How often each id occurs in the first `limit_tokens` tokens (None: all): int64 [vocab_size].
+
+    No shard behind the limit is asked for.
+    """
     counts = np.zeros(vocab_size, np.int64)
-    left = source.tokens if limit_tokens is None else min(limit_tokens, source.tokens)
-    for shard, length in enumerate(source.lengths.tolist()):
-        for start in range(0, min(length, left), CHUNK):
-            stop = min(start + CHUNK, length, start + left)
-            counts += np.bincount(source.read(shard, start, stop), minlength=vocab_size)
-            left -= stop - start
+    read = 0
+    for shard in range(source.shards):
+        if read == limit_tokens:
+            break
+        _next_shard(source, shard)
+        length = int(source.lengths(np.array([shard]))[0])
+        if limit_tokens is not None:
+            length = min(length, limit_tokens - read)
+        for start in range(0, length, CHUNK):
+            ids = source.read(shard, start, min(start + CHUNK, length))
+            counts += np.bincount(ids, minlength=vocab_size)
+        read += length
     return counts
+
+
+def _next_shard(source: TokenSource, shard: int) -> int:
+    """The shard, with those behind it on their way."""
+    source.want(range(shard, min(shard + SHARDS_AHEAD, source.shards)))
+    return shard

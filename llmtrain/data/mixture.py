@@ -87,6 +87,47 @@ def weights_from_epochs(epochs: Mapping[str, Weight], tokens: Mapping[str, int])
     return {name: count / total for name, count in served.items()}
 
 
+def temperature_weights(tokens: Mapping[str, int], temperature: float) -> dict[str, float]:
+    """Token shares, summing to 1, in proportion to tokens^(1 / temperature).
+
+    1 keeps the sources' own proportions; the higher it is, the more equal they become. UserError for a
+    temperature that is not above 0. Source: multilingual BERT; Conneau and Lample 2019 (XLM, section 3.1);
+    Xue et al. 2021 (mT5, section 3.2), where alpha = 1 / temperature is 0.3.
+    """
+    if not temperature > 0:
+        raise UserError(f"temperature={temperature}: must be above 0; 1 keeps the sources' proportions")
+    _check_sizes(tokens)
+    largest = max(tokens.values())  # ratios, so that no power of a large number overflows
+    powers = {name: (count / largest) ** (1 / temperature) for name, count in tokens.items()}
+    total = sum(powers.values())
+    return {name: power / total for name, power in powers.items()}
+
+
+def unimax_weights(tokens: Mapping[str, int], budget: float, max_epochs: float) -> dict[str, float]:
+    """Token shares, summing to 1, as equal as they can be with no source read above `max_epochs` times.
+
+    `budget` is what the run trains on, in tokens. Where it is more than `max_epochs` passes over everything,
+    there is no such mixture: shares are then in proportion to the tokens. UserError for a limit or a budget
+    that is not above 0. Source: Chung et al. 2023, "UniMax", algorithm 1, with tokens for its characters.
+    """
+    if not (budget > 0 and max_epochs > 0):
+        raise UserError(f"unimax: budget is {budget} and max_epochs {max_epochs}; both must be above 0")
+    _check_sizes(tokens)
+    left, served = Fraction(budget), {}
+    ascending = sorted(tokens, key=lambda name: (tokens[name], name))
+    for place, name in enumerate(ascending):
+        served[name] = min(tokens[name] * Fraction(max_epochs), left / (len(ascending) - place))
+        left -= served[name]
+    total = sum(served.values())
+    return {name: float(served[name] / total) for name in tokens}
+
+
+def _check_sizes(tokens: Mapping[str, int]) -> None:
+    for name, count in tokens.items():
+        if count <= 0:
+            raise UserError(f"data.sources.{name}: no weight follows from its {count} tokens; remove it")
+
+
 def chairman(whole: Sequence[int]) -> np.ndarray:
     """One period of Tijdeman's chairman assignment: the source of each of D = sum(whole) windows, int64 [D].
 
@@ -146,6 +187,13 @@ class _Period:
         source = self.source[place]
         return source, self.base[source] + periods * self.whole[source] + self.ordinal[place]
 
+    def window_of(self, source: int, k: int) -> int | None:
+        places = self.places[source]
+        if not len(places):
+            return None
+        periods, ordinal = divmod(k - int(self.base[source]), len(places))
+        return self.first + periods * self.length + int(places[ordinal])
+
 
 class Mixture:
     """The source of every window of a run: a list of stages, each going on where the one before stopped.
@@ -192,6 +240,12 @@ class Mixture:
         parts = [self._period(start).picks(start, stop) for start, stop in pairwise(edges)]
         sources, ks = zip(*parts, strict=True)
         return np.concatenate(sources), np.concatenate(ks)
+
+    def window_of(self, source: int, k: int) -> int | None:
+        """The window for which a source is picked when k of its windows were before; None if it never is."""
+        assert k >= 0
+        stage = bisect_right(self._periods, k, key=lambda period: int(period.base[source])) - 1
+        return self._periods[stage].window_of(source, k)
 
     def counts(self, window: int) -> list[int]:
         """How many of the windows before this one each source has, by source number."""

@@ -38,6 +38,15 @@ class Permutation:
         """What is sent to `index`."""
         return self._walk(index, self._tables[::-1])
 
+    def table(self) -> np.ndarray:
+        """Where each of 0 .. n - 1 is sent: int64 [n], for an n of which a table is wanted after all."""
+        table = np.arange(self._n)
+        outside = np.arange(self._n)  # places whose number has not landed inside yet
+        while outside.size:
+            table[outside] = self._rounds(table[outside])
+            outside = outside[table[outside] >= self._n]
+        return table
+
     def _walk(self, index: int, tables: list[list[int]]) -> int:
         assert 0 <= index < self._n, index
         bits, mask = self._bits, (1 << self._bits) - 1
@@ -49,6 +58,13 @@ class Permutation:
             index = right << bits | left
             if index < self._n:
                 return index
+
+    def _rounds(self, indices: np.ndarray) -> np.ndarray:
+        """One way through the network, for many numbers at once."""
+        left, right = indices >> self._bits, indices & ((1 << self._bits) - 1)
+        for table in self._tables:
+            left, right = right, left ^ np.array(table)[right]
+        return right << self._bits | left
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

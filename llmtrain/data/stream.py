@@ -1,48 +1,69 @@
-"""A source as an endless stream of tokens, and the order in which its windows are served.
+"""A source as an endless stream of units, and the order in which its windows are served.
 
-T      tokens of the source             L   seq_len
+unit   what a shard is counted in: a token where the stream is cut, a window where documents are fitted in
 pass   the e-th reading of the whole source, its shards in an order of its own; passes follow without a gap
-window w of the stream: the tokens wL .. wL + L, whose last L are the labels
+window w of the stream begins at unit w * stride and holds `reach` units
 k      how many windows of the source were served before
+L      seq_len
+
+Nothing is asked of a source before it is needed: while its text is still being prepared, the first pass is
+laid out as far as the windows that are served, and what follows from its size waits until its end is known.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from threading import Lock
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from llmtrain.config import UserError
+from llmtrain.data.best_fit import ShardPacking
 from llmtrain.data.permutation import Permutation
 
 
 class TokenSource(Protocol):
-    """Prepared tokens in shards; a shard begins with the beginning of a document."""
+    """Tokens in shards, which may still be on their way; a shard begins with the beginning of a document."""
 
     @property
-    def manifest_hash(self) -> str:
-        """Names the content: equal hashes, equal tokens."""
+    def shards(self) -> int:
+        """How many there are, known from the start; some may be empty."""
 
     @property
-    def tokens(self) -> int:
-        """Tokens in all shards."""
+    def complete(self) -> bool:
+        """Whether the lengths of all shards are known."""
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each shard: int64 [shards]."""
+    def fingerprint(self) -> str:
+        """Names input, tokenizer and boundary, known from the start: equal fingerprints, equal tokens."""
+
+    @property
+    def manifest_hash(self) -> str | None:
+        """Names the content: equal hashes, equal tokens. None until complete."""
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens in all shards; None until complete."""
+
+    def lengths(self, shards: np.ndarray) -> np.ndarray:
+        """Tokens of these shards, int64 [len(shards)]; waits until they are known."""
+
+    def want(self, shards: Sequence[int]) -> None:
+        """These are needed soon, in this order: a hint, which returns at once."""
 
     def read(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """The ids start .. stop - 1 of a shard."""
+        """The ids start .. stop - 1 of a shard; waits until it is there."""
 
     def offsets(self, shard: int) -> np.ndarray:
         """Where each document of a shard begins, and where the last one ends: int64 [documents + 1]."""
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens of one shard."""
+    """Consecutive tokens (in a layout: units) of one shard."""
 
     epoch: int
     """The pass they are read in, from 0."""
@@ -51,70 +72,379 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Layout:
-    """Shards laid end to end."""
+class Place(NamedTuple):
+    """Where in the order a window is."""
 
-    def __init__(self, shards: Sequence[int], lengths: Sequence[int]) -> None:
-        self.shards = shards
-        self.ends = list(accumulate(lengths))
+    epoch: int
+    span: int
+    """Number of the shuffle span within the pass."""
+    window: int
+
+
+class Layout:
+    """Shards laid end to end in an order, as far as their sizes are known: the first `known` of them."""
+
+    def __init__(self, order: Sequence[int] | np.ndarray, sizes: Sequence[int] | np.ndarray = ()) -> None:
+        self.order = np.ascontiguousarray(order, np.int64)
+        self.known = 0
+        self.end = 0
+        """Units in the known shards."""
+        self._sums = np.empty(len(self.order), np.int64)
+        # Memory views are read without making numpy's numbers, and are as small as arrays.
+        self._shards, self._ends = self.order.data, self._sums.data
+        self.extend(np.asarray(sizes, np.int64))
+
+    def extend(self, sizes: np.ndarray) -> None:
+        """The sizes of the next shards, in units."""
+        known = self.known + len(sizes)
+        self._sums[self.known : known] = self.end + np.cumsum(sizes)
+        self.known = known
+        self.end = self._ends[known - 1] if known else 0  # last: other threads look at it
+
+    def place(self, unit: int) -> int:
+        """Which of the known shards a unit is in; empty ones, which end where they begin, are passed over."""
+        return bisect_right(self._ends, unit, 0, self.known)
+
+    def begin(self, place: int) -> int:
+        """The first unit of a known shard."""
+        return self._ends[place - 1] if place else 0
 
     def pieces(self, epoch: int, start: int, stop: int) -> list[Piece]:
-        """What lies between two positions, cut at the shards."""
+        """What lies between two units, cut at the shards."""
         pieces = []
+        place = bisect_right(self._ends, start, 0, self.known)
+        begin = self._ends[place - 1] if place else 0
         while start < stop:
-            place = bisect_right(self.ends, start)  # skips empty shards, which end where they begin
-            begin, end = self.ends[place - 1] if place else 0, self.ends[place]
-            pieces.append(Piece(epoch, self.shards[place], start - begin, min(stop, end) - begin))
-            start = end
+            end = self._ends[place]
+            if start < end:
+                pieces.append(Piece(epoch, self._shards[place], start - begin, min(stop, end) - begin))
+            start = begin = end
+            place += 1
         return pieces
+
+
+class Cutting(Protocol):
+    """What a source's windows are made of."""
+
+    source: TokenSource
+    seq_len: int
+    stride: int
+    """Units from one window to the next."""
+    reach: int
+    """Units in a window."""
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the sizes of all shards are known without waiting or counting."""
+
+    @property
+    def total(self) -> int | None:
+        """Units of a pass, where that is known without waiting or counting."""
+
+    def sizes(self, shards: np.ndarray) -> np.ndarray:
+        """Units of these shards: int64 [len(shards)]."""
+
+    def pieces(self, units: list[Piece]) -> list[Piece]:
+        """The tokens of a window, from its units."""
+
+    def homes(self, shard: int, start: int, stop: int) -> list[range]:
+        """The units of a shard in which its tokens start .. stop - 1 are at home: each token in one."""
+
+
+class Cut:
+    """The stream of tokens, cut every L tokens: window w holds the tokens wL .. wL + L, the last L as labels.
+
+    After e passes each token was a label e times or, at most L - 1 of them, once more.
+    """
+
+    def __init__(self, source: TokenSource, seq_len: int) -> None:
+        self.source, self.seq_len = source, seq_len
+        self.stride, self.reach = seq_len, seq_len + 1
+
+    @property
+    def at_once(self) -> bool:
+        return self.source.complete
+
+    @property
+    def total(self) -> int | None:
+        return self.source.tokens if self.source.complete else None
+
+    def sizes(self, shards: np.ndarray) -> np.ndarray:
+        return self.source.lengths(shards)
+
+    def pieces(self, units: list[Piece]) -> list[Piece]:
+        return units
+
+    def homes(self, shard: int, start: int, stop: int) -> list[range]:
+        return [range(start, stop)]
+
+
+class BestFit:
+    """The windows of `best_fit.ShardPacking`, shard after shard; a pass has the same ones each time.
+
+    Every token but a document's first is a label once a pass. A shard's windows are counted when the layout
+    comes to it, and are kept as long as `keep` later windows have not taken their place.
+    """
+
+    at_once, total = False, None
+    stride = reach = 1
+
+    def __init__(self, source: TokenSource, seq_len: int, max_padding: float, keep: int) -> None:
+        self.source, self.seq_len = source, seq_len
+        self._max_padding, self._keep = max_padding, keep
+        self._counts = np.full(source.shards, -1, np.int64)
+        self._packings: OrderedDict[int, ShardPacking] = OrderedDict()
+        self._kept = 0
+        self._lock = Lock()
+
+    def sizes(self, shards: np.ndarray) -> np.ndarray:
+        for shard in shards[self._counts[shards] < 0].tolist():
+            self._counts[shard] = self._packing(shard).count
+        return self._counts[shards]
+
+    def pieces(self, units: list[Piece]) -> list[Piece]:
+        return [
+            Piece(epoch, shard, start, stop)
+            for epoch, shard, first, last in units
+            for index in range(first, last)
+            for start, stop in self._packing(shard).window(index)
+        ]
+
+    def homes(self, shard: int, start: int, stop: int) -> list[range]:
+        packing, offsets = self._packing(shard), self.source.offsets(shard)
+
+        def at_home(first: int, last: int) -> bool:
+            if first >= stop or last <= start:
+                return False
+            # A piece that goes on with a document begins with a token that is at home in another window.
+            first += int(offsets[offsets.searchsorted(first)] != first)
+            return max(first, start) < min(last, stop)
+
+        return [
+            range(index, index + 1)
+            for index in range(packing.count)
+            if any(at_home(first, last) for first, last in packing.window(index))
+        ]
+
+    def _packing(self, shard: int) -> ShardPacking:
+        with self._lock:
+            if shard in self._packings:
+                self._packings.move_to_end(shard)
+                return self._packings[shard]
+        packing = ShardPacking(self.source.offsets(shard), self.seq_len, self._max_padding)
+        with self._lock:
+            if shard not in self._packings:
+                self._packings[shard] = packing
+                self._kept += packing.count
+            while self._kept - next(iter(self._packings.values())).count > self._keep:
+                self._kept -= self._packings.popitem(last=False)[1].count
+            return packing
 
 
 class Stream:
-    """The endless stream of one source: `window` says which is served k-th, `pieces` where its tokens are."""
+    """The endless stream of one source: `window` says which is served k-th, `pieces` where its tokens are.
 
-    def __init__(self, source: TokenSource, name: str, seed: int, seq_len: int, shuffle_span: int) -> None:
-        assert source.tokens > 0
-        self.source, self.name = source, name
-        self._seed, self._seq_len, self._shuffle_span = seed, seq_len, shuffle_span
-        self._tokens = int(source.tokens)
-        self._filled = np.flatnonzero(source.lengths)
+    `serve` is both, and tells the source which shards will be needed; the other methods only compute.
+    """
+
+    def __init__(self, cutting: Cutting, name: str, seed: int, shuffle_span: int) -> None:
+        self.source, self.name, self.stride = cutting.source, name, cutting.stride
+        self._cutting, self._seed, self._shuffle_span = cutting, seed, shuffle_span
+        self._reach, self._shards = cutting.reach, cutting.source.shards
+        self._units = cutting.total or None
+        self._entered: tuple[int, int] | None = None
+        self._growing = Lock()
         self._layout = lru_cache(maxsize=4)(self._build_layout)
         self._permutation = lru_cache(maxsize=4)(self._build_permutation)
 
-    def first_window(self, epoch: int) -> int:
-        """The first window that a pass owns: those that begin in it, ceil(eT / L) and up."""
-        return -(-epoch * self._tokens // self._seq_len)
+    @property
+    def units(self) -> int | None:
+        """Units of a pass; None as long as that is not known. Never waits."""
+        if self._units is None:
+            self._units = self._cutting.total or None
+        return self._units
+
+    @property
+    def first_order(self) -> list[int]:
+        """The shards in the order in which the first pass comes to them. Never waits."""
+        return self._layout(0).order.tolist()
+
+    # Forward: k -> tokens
+
+    def serve(self, k: int) -> list[Piece]:
+        """Where the tokens of the window that is served k-th are."""
+        epoch, span, window = self._place(k)
+        if (epoch, span) != self._entered:
+            self._entered = epoch, span
+            self._announce(epoch, span)
+        return self._pieces(epoch, window * self.stride - epoch * (self._units or 0))
 
     def window(self, k: int) -> int:
         """The window that is served k-th: a keyed permutation within the spans of a pass."""
-        epoch = k * self._seq_len // self._tokens
-        first = self.first_window(epoch)
-        span, index = divmod(k - first, self._shuffle_span)
-        return first + span * self._shuffle_span + self._permutation(epoch, span)(index)
+        return self._place(k)[2]
+
+    def place(self, k: int) -> Place:
+        """The window that is served k-th, and its pass and span."""
+        return Place(*self._place(k))
+
+    def first_window(self, epoch: int) -> int:
+        """The first window that a pass owns: those that begin in it, ceil(e * units / stride) and up."""
+        if epoch == 0:
+            return 0
+        assert self._units is not None  # or nobody would know that this pass has begun
+        return -(-epoch * self._units // self.stride)
 
     def pieces(self, window: int) -> list[Piece]:
-        """Where the L + 1 tokens of a window are, in the order of the stream."""
-        epoch, start = divmod(window * self._seq_len, self._tokens)
-        stop = start + self._seq_len + 1
-        pieces = self._layout(epoch).pieces(epoch, start, min(stop, self._tokens))
-        while stop > self._tokens:
-            epoch, stop = epoch + 1, stop - self._tokens
-            pieces += self._layout(epoch).pieces(epoch, 0, min(stop, self._tokens))
-        return pieces
+        """Where the tokens of a window are, in the order of the stream."""
+        return self._pieces(*self._pass_of(window * self.stride))
+
+    def _place(self, k: int) -> tuple[int, int, int]:
+        epoch, _ = self._pass_of(k * self.stride)
+        first = self.first_window(epoch)
+        span, index = divmod(k - first, self._shuffle_span)
+        window = first + span * self._shuffle_span + self._permutation(epoch, span)(index)
+        return epoch, span, window
+
+    def _pieces(self, epoch: int, start: int) -> list[Piece]:
+        stop = start + self._reach
+        layout = self._laid_out(epoch, stop)
+        pieces = layout.pieces(epoch, start, min(stop, layout.end))
+        while stop > layout.end:
+            epoch, stop = epoch + 1, stop - layout.end
+            layout = self._laid_out(epoch, stop)
+            pieces += layout.pieces(epoch, 0, min(stop, layout.end))
+        return self._cutting.pieces(pieces)
+
+    # Inverse: tokens -> k
+
+    def served(self, window: int) -> int:
+        """When a window is served: k, so that `window(k)` is this window."""
+        epoch, _ = self._pass_of(window * self.stride)
+        first = self.first_window(epoch)
+        span, index = divmod(window - first, self._shuffle_span)
+        return first + span * self._shuffle_span + self._permutation(epoch, span).inverse(index)
+
+    def position(self, epoch: int, shard: int) -> int | None:
+        """The unit of the stream at which a shard begins in a pass; None beyond what is laid out of it."""
+        layout = self._layout(epoch)
+        place = int(np.flatnonzero(layout.order == shard)[0])
+        if place >= layout.known:
+            return None
+        return (epoch * self._units if epoch and self._units else 0) + layout.begin(place)
+
+    def served_with(self, shard: int, start: int, stop: int, served: int) -> list[int]:
+        """Which k, below `served`, are windows in which tokens start .. stop - 1 of a shard are at home.
+
+        Each token is at home in one window a pass: the one in which it is a label, or would be if it did not
+        begin a document there; the first token of the stream is at home in window 0.
+        """
+        if served == 0 or start >= stop:
+            return []
+        epoch, span, _ = self.place(served - 1)
+        # The spans before hold windows below these only, so nothing behind them was served.
+        beyond = self.first_window(epoch) + (span + 1) * self._shuffle_span
+        if self._units is not None:
+            beyond = min(beyond, self.first_window(epoch + 1))
+        epochs, rest = self._pass_of((beyond - 1) * self.stride + self._reach - 1)
+        homes = self._cutting.homes(shard, start, stop)
+        found: set[int] = set()
+        for epoch in range(epochs + 1):
+            self._laid_out(epoch, rest + 1 if epoch == epochs else self._units or 0)
+            begin = self.position(epoch, shard)
+            if begin is not None:
+                windows = (self._home(begin + home.start, begin + home.stop) for home in homes)
+                found.update(window for some in windows for window in some if window < beyond)
+        return sorted(k for k in map(self.served, found) if k < served)
+
+    def _home(self, start: int, stop: int) -> range:
+        """The windows in which units start .. stop - 1 of the stream are at home."""
+        context = self._reach - self.stride
+        first, last = (max(unit - context, 0) // self.stride for unit in (start, stop - 1))
+        return range(first, last + 1)
+
+    # Layouts and permutations
+
+    def _pass_of(self, unit: int) -> tuple[int, int]:
+        """The pass that a unit of the stream is in, and the unit's place in it."""
+        if self._units is None and self._laid_out(0, unit + 1).end > unit:
+            return 0, unit
+        assert self._units is not None
+        return divmod(unit, self._units)
 
     def _build_permutation(self, epoch: int, span: int) -> Permutation:
-        windows = self.first_window(epoch + 1) - self.first_window(epoch)
-        size = min(self._shuffle_span, windows - span * self._shuffle_span)
+        size = self._shuffle_span
+        first = self.first_window(epoch) + span * size
+        if self._pass_of((first + size - 1) * self.stride)[0] > epoch:
+            size = self.first_window(epoch + 1) - first
         return Permutation(size, self._seed, self.name, epoch, span)
 
     def _build_layout(self, epoch: int) -> Layout:
         """The shards of a pass in its keyed order.
 
-        Every pass begins with the shard that the first one begins with. The very first token of the stream
-        is the label of no window, and the first of the next pass is one too many: they have to be the same.
+        Every pass begins with the shards with which the first one begins, up to one that is not empty. The
+        very first token of the stream is the label of no window, and the first of the next pass is one too
+        many: they have to be the same. (Which shards are empty, nobody knows before they are made.)
         """
-        count = len(self._filled)
-        head = Permutation(count, self._seed, self.name, 0)(0)
-        place = Permutation(count, self._seed, self.name, epoch)
-        order = self._filled[[head, *(shard for shard in map(place, range(count)) if shard != head)]]
-        return Layout(order.tolist(), self.source.lengths[order].tolist())
+        order = Permutation(self._shards, self._seed, self.name, epoch).table()
+        if epoch:
+            first = self._laid_out(0, 1)
+            head = first.order[: first.place(0) + 1]
+            others = np.ones(self._shards, bool)
+            others[head] = False
+            order = np.concatenate((head, order[others[order]]))
+        return Layout(order)
+
+    def _laid_out(self, epoch: int, stop: int) -> Layout:
+        """The layout of a pass up to this many units, or of all of it where it has fewer."""
+        layout = self._layout(epoch)
+        if layout.end < stop and layout.known < self._shards:
+            self._lay_out(layout, stop)
+        return layout
+
+    def _lay_out(self, layout: Layout, stop: int) -> None:
+        with self._growing:
+            if not self._cutting.at_once:
+                windows = (stop - layout.end) // self.stride
+                self.source.want(self._following(layout, layout.known, windows))
+            while layout.end < stop and layout.known < self._shards:
+                chunk = self._shards if self._cutting.at_once else 1
+                layout.extend(self._cutting.sizes(layout.order[layout.known :][:chunk]))
+            if layout.known == self._shards:
+                if layout.end == 0:
+                    raise UserError(
+                        f"data.sources.{self.name}: there is no token in it; remove it, or give it text"
+                    )
+                self._units = layout.end
+
+    def _announce(self, epoch: int, span: int) -> None:
+        """Tells the source which shards this span and the next one need.
+
+        Of a source that is growing, `_lay_out` has already asked for everything that follows.
+        """
+        if not self.source.complete:
+            return
+        _, unit = self._pass_of((self.first_window(epoch) + span * self._shuffle_span) * self.stride)
+        layout = self._laid_out(epoch, unit + 1)
+        place = layout.place(unit)
+        wanted = self._following(layout, place, 2 * self._shuffle_span)
+        if place + len(wanted) == self._shards:
+            wanted += self._following(self._layout(epoch + 1), 0, self._shuffle_span)
+        self.source.want(list(dict.fromkeys(wanted)))
+
+    def _following(self, layout: Layout, place: int, windows: int) -> list[int]:
+        """The shards from a place of a pass on that hold so many windows, and one more to be ready in time.
+
+        Of a source whose lengths are not known it is all that follow.
+        """
+        order = layout.order[place:]
+        if not self.source.complete:
+            return order.tolist()
+        tokens, count, chunk = windows * self._cutting.seq_len, 0, 64
+        while tokens >= 0 and count < len(order):
+            ends = self.source.lengths(order[count : count + chunk]).cumsum()
+            enough = int(ends.searchsorted(tokens, "right"))
+            count += enough
+            if enough < len(ends):
+                break
+            tokens -= int(ends[-1])
+        return order[: count + 2].tolist()

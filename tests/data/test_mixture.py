@@ -9,7 +9,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config import UserError
-from llmtrain.data.mixture import Mixture, continue_stages, weights_from_epochs, whole_weights
+from llmtrain.data.mixture import (
+    Mixture,
+    continue_stages,
+    temperature_weights,
+    unimax_weights,
+    weights_from_epochs,
+    whole_weights,
+)
 
 NAMES = "abcdefg"
 thousandths = st.integers(0, 1000).map(lambda i: i / 1000)
@@ -33,6 +40,7 @@ def assert_within_the_bound(counts: np.ndarray, whole: list[int]) -> None:
 
 
 @given(mixtures)
+@settings(deadline=None)
 def test_every_prefix_is_within_tijdemans_bound(weights: dict[str, float]) -> None:
     mixture = Mixture([(0, weights)])
     whole = whole_weights(weights)
@@ -49,6 +57,7 @@ def test_the_bound_holds_for_rounded_weights(sources: int) -> None:
 
 
 @given(mixtures, st.integers(0, 10**6))
+@settings(deadline=None)
 def test_counts_and_source_of_agree_with_walking(weights: dict[str, float], start: int) -> None:
     mixture = Mixture([(0, weights)])
     counts = mixture.counts(start)
@@ -86,6 +95,7 @@ def test_decimals_are_taken_as_written(weights: dict[str, float], expected: dict
 
 
 @given(st.lists(st.floats(1e-2, 1e2), min_size=2, max_size=7))
+@settings(deadline=None)
 def test_rounded_shares_are_within_one_slot_and_stay_what_they_are(weights: list[float]) -> None:
     named = dict(zip(NAMES, weights, strict=False))
     whole = whole_weights(named)
@@ -121,7 +131,7 @@ def test_weights_that_mean_nothing_are_refused(weights: dict[str, float], words:
 
 
 @given(st.lists(mixtures, min_size=1, max_size=4), st.lists(st.integers(1, 40), min_size=3, max_size=3))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_stages_carry_every_cursor_on(weights: list[dict[str, float]], lengths: list[int]) -> None:
     firsts = np.cumsum([0, *lengths]).tolist()
     mixture = Mixture(list(zip(firsts, weights, strict=False)))
@@ -175,3 +185,74 @@ def test_epochs_become_token_shares() -> None:
     assert whole_weights(weights) == {"large": 5, "small": 3}
     with pytest.raises(UserError, match="epochs above 0"):
         weights_from_epochs({"a": 0}, {"a": 10})
+
+
+@given(st.lists(mixtures, min_size=1, max_size=4), st.lists(st.integers(1, 60), min_size=3, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_every_stage_is_within_the_bound_of_its_own_weights(
+    weights: list[dict[str, float]], lengths: list[int]
+) -> None:
+    """Counted from the stage's first window on; a stage with the weights of the one before it goes on."""
+    firsts = np.cumsum([0, *lengths]).tolist()
+    mixture = Mixture(list(zip(firsts, weights, strict=False)))
+    counts = prefix_counts(mixture, 400)
+    stages = mixture.stages
+    for (first, whole), last in zip(stages, [*(first for first, _ in stages[1:]), 400], strict=True):
+        of_stage = counts[first : last + 1] - counts[first]
+        assert_within_the_bound(of_stage, [whole.get(name, 0) for name in mixture.names])
+
+
+@given(st.lists(mixtures, min_size=1, max_size=4), st.lists(st.integers(1, 40), min_size=3, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_window_of_is_the_inverse_of_source_of(weights: list[dict[str, float]], lengths: list[int]) -> None:
+    mixture = Mixture(list(zip(np.cumsum([0, *lengths]).tolist(), weights, strict=False)))
+    for start in (0, 10**9):
+        sources, ks = mixture.picks(start, start + 200)
+        for n, (source, k) in enumerate(zip(sources.tolist(), ks.tolist(), strict=True), start):
+            assert mixture.window_of(source, k) == n
+    for source, name in enumerate(mixture.names):
+        if weights[min(len(weights), 4) - 1].get(name, 0) == 0:
+            last = mixture.counts(sum(lengths))[source]
+            assert mixture.window_of(source, last) is None
+            assert last == 0 or mixture.window_of(source, last - 1) is not None
+
+
+def test_temperature_bends_the_shares() -> None:
+    tokens = {"en": 10_000, "de": 100, "sw": 1}
+    assert temperature_weights(tokens, 1) == pytest.approx({n: t / 10_101 for n, t in tokens.items()})
+    assert temperature_weights(tokens, 2) == pytest.approx({"en": 100 / 111, "de": 10 / 111, "sw": 1 / 111})
+    assert temperature_weights(tokens, 1e9) == pytest.approx(dict.fromkeys(tokens, 1 / 3))
+    # mT5's alpha of 0.3, and sizes whose powers would not fit a float.
+    shares = temperature_weights({"a": 10**13, "b": 10**10}, 1 / 0.3)
+    assert shares["a"] / shares["b"] == pytest.approx(1000**0.3)
+    assert temperature_weights({"a": 10**13, "b": 10**10}, 0.001) == {"a": 1.0, "b": 0.0}
+    with pytest.raises(UserError, match=r"temperature=0: must be above 0"):
+        temperature_weights(tokens, 0)
+    with pytest.raises(UserError, match=r"data\.sources\.b: no weight follows from its 0 tokens"):
+        temperature_weights({"a": 1, "b": 0}, 1)
+
+
+def test_unimax_is_the_papers_algorithm() -> None:
+    """Worked by hand: 100 tokens' budget; `a` may give 4 x 5, the other two share the 80 that are left."""
+    shares = unimax_weights({"c": 1000, "a": 5, "b": 300}, 100, 4)
+    assert shares == pytest.approx({"a": 0.2, "b": 0.4, "c": 0.4})
+    assert unimax_weights({"a": 1, "b": 3}, 1000, 2) == pytest.approx({"a": 0.25, "b": 0.75})
+    with pytest.raises(UserError, match="max_epochs 0"):
+        unimax_weights({"a": 1}, 10, 0)
+
+
+@given(
+    st.dictionaries(st.sampled_from(NAMES), st.integers(1, 10**13), min_size=1),
+    st.integers(1, 10**14),
+    st.floats(0.1, 16),
+)
+@settings(deadline=None)
+def test_unimax_is_level_below_its_limit(tokens: dict[str, int], budget: int, limit: float) -> None:
+    shares = unimax_weights(tokens, budget, limit)
+    assert sum(shares.values()) == pytest.approx(1)
+    if budget > limit * sum(tokens.values()):
+        return
+    epochs = {name: shares[name] * budget / tokens[name] for name in tokens}
+    assert max(epochs.values()) <= limit * (1 + 1e-9)
+    below = [shares[name] for name in tokens if epochs[name] < limit * (1 - 1e-9)]
+    assert not below or min(below) == pytest.approx(max(below)) == pytest.approx(max(shares.values()))

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.data.permutation import Permutation
@@ -23,6 +23,7 @@ def test_it_is_a_bijection_and_has_an_inverse(n: int, seed: int) -> None:
 
 
 @given(st.integers(1, 2**24), st.integers(0, 2**24))
+@settings(deadline=None)
 def test_the_inverse_at_any_size(n: int, index: int) -> None:
     permutation = Permutation(n, 7)
     assert permutation.inverse(permutation(index % n)) == index % n
@@ -65,34 +66,66 @@ def test_every_part_of_the_key_counts() -> None:
     assert len(orders) == len(keys)
 
 
-def chi_squared(images: np.ndarray, bits: int) -> float:
-    """Of the low bits of three consecutive images against equal frequencies."""
+@given(st.integers(1, 5000), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_the_table_is_every_image(n: int, seed: int) -> None:
+    permutation = Permutation(n, seed, "source", 0)
+    table = permutation.table()
+    assert table.dtype == np.int64
+    assert table.tolist() == [permutation(i) for i in range(n)]
+
+
+def test_a_large_table_is_a_bijection_like_the_network() -> None:
+    permutation = Permutation(100_000, 3, "source", 9)
+    table = permutation.table()
+    assert np.array_equal(np.sort(table), np.arange(100_000))
+    for index in (0, 1, 31_337, 99_999):
+        assert table[index] == written_out(index, 100_000, 3, "source", 9)
+        assert permutation.inverse(int(table[index])) == index
+
+
+def chi_squared(images: np.ndarray, bits: int, run: int) -> float:
+    """Of the low bits of `run` consecutive images against equal frequencies; 2^(bits * run) - 1 degrees."""
     low = images % 2**bits
-    cells = (low[:-2] * 2**bits + low[1:-1]) * 2**bits + low[2:]
-    observed = np.bincount(cells, minlength=8**bits)
-    expected = len(cells) / 8**bits
+    cells = sum(low[i : len(low) - run + 1 + i] << bits * i for i in range(run))
+    observed = np.bincount(cells, minlength=1 << bits * run)
+    expected = observed.sum() / len(observed)
     return float(((observed - expected) ** 2 / expected).sum())
 
 
-@pytest.mark.parametrize("n", [65_536, 50_000])
-def test_the_low_bits_of_neighbours_look_independent(n: int) -> None:
-    """511 degrees of freedom: mean 511, standard deviation 32; 20 keys average to 511 +- 7."""
+@pytest.mark.parametrize("n", [16_384, 20_000, 50_000, 65_536, 1_000_003])
+@pytest.mark.parametrize(("bits", "run"), [(1, 8), (2, 4), (4, 2), (3, 3)])
+def test_the_low_bits_of_neighbours_look_independent(n: int, bits: int, run: int) -> None:
+    """Degrees of freedom f: mean f, standard deviation sqrt(2f); 20 keys average to f +- sqrt(2f / 20).
+
+    (Overlapping runs of neighbours are not independent, which widens the spread, but not the mean.)
+    """
+    freedom = 2 ** (bits * run) - 1
+    deviation = np.sqrt(2 * freedom)
     statistics = []
     for seed in range(20):
         permutation = Permutation(n, seed, "source", 0, 0)
-        images = np.array([permutation(i) for i in range(8192)])
-        statistics.append(chi_squared(images, bits=3))
-    assert abs(np.mean(statistics) - 511) < 5 * 32 / np.sqrt(20)
-    assert max(statistics) < 511 + 5 * 32
+        statistics.append(chi_squared(np.array([permutation(i) for i in range(8192)]), bits, run))
+    assert abs(np.mean(statistics) - freedom) < 8 * deviation / np.sqrt(20)
+    assert max(statistics) < freedom + 8 * deviation
 
 
-def test_the_statistic_finds_out_a_linear_congruence() -> None:
-    assert chi_squared(np.arange(8192) * 40_503 % 65_536, bits=3) > 511 + 50 * 32
+@pytest.mark.parametrize(("bits", "run"), [(1, 8), (2, 4), (4, 2), (3, 3)])
+def test_the_statistic_finds_out_a_linear_congruence(bits: int, run: int) -> None:
+    freedom = 2 ** (bits * run) - 1
+    assert chi_squared(np.arange(8192) * 40_503 % 65_536, bits, run) > freedom + 50 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_the_low_bits_themselves_are_even(bits: int) -> None:
+    """A quarter of a permutation, of keys at random: drawn without replacement, so 3/4 of f at most."""
+    freedom = 2**bits - 1
+    statistics = [chi_squared(Permutation(65_536, seed, "x").table()[:16_384], bits, 1) for seed in range(40)]
+    assert abs(np.mean(statistics) - 0.75 * freedom) < 6 * np.sqrt(2 * freedom / 40)
 
 
 def test_neighbours_do_not_stay_neighbours() -> None:
     """Serial correlation of 65,535 pairs: standard deviation 1 / 256 for independent ones."""
-    permutation = Permutation(65_536, 0, "source", 0, 0)
-    images = np.array([permutation(i) for i in range(65_536)])
+    images = Permutation(65_536, 0, "source", 0, 0).table()
     assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 5 / 256
     assert abs(np.corrcoef(images, np.arange(65_536))[0, 1]) < 5 / 256
