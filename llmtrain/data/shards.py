@@ -1,382 +1,349 @@
-"""Token shards on disk: written once, atomically; read by memory map, each block checked at its first read.
+"""Token shards, read by memory map; each block is checked at its first read, before any token of it is used.
 
-    <directory>/index.json                    everything that opening needs; written last
-    <directory>/shard-00000/tokens.bin        ids, little-endian uint16 or uint32
-                            offsets.npy       int64 [documents + 1], token offsets of the documents
-                            text_bytes.npy    int64 [documents], UTF-8 bytes of each document's text
-                            manifest.json     what the shard holds, and a digest of each 1 MiB block
+shard_format.py describes the files. No library but numpy is needed to read them (here within a directory):
 
-No document crosses a shard. `manifest_hash` in the index depends on the content alone, so two machines that
-prepared the same text agree on it.
+    offsets = np.load("shard-00000/offsets.npy", mmap_mode="r")
+    tokens = np.memmap("shard-00000/tokens.bin", "<u2", "r")  # the `dtype` in manifest.json
+    document = tokens[offsets[1] : offsets[2]]  # the second; of an empty shard there is nothing to map
+    text_bytes = np.load("shard-00000/text_bytes.npy")[1]
+
+A source is complete, with an index over its shards, or it grows: shards are awaited one by one, and what each
+holds is known from its manifest.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
-from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.config import UserError
-from llmtrain.files import sync
+from llmtrain.data.shard_format import (
+    BLOCK,
+    ENTRY,
+    INDEX,
+    MANIFEST,
+    SUMS,
+    TOKENS,
+    Header,
+    block_digest,
+    damaged,
+    digests_of_file,
+    entry_of,
+    load_index,
+    load_manifest,
+    load_npy,
+    manifest_hash,
+    open_file,
+    shard_path,
+)
+from llmtrain.data.shard_writer import ShardWriter, write_index
 
-VERSION = 1
-INDEX = "index.json"
-SHARD_TOKENS = 2**26
-"""Tokens after which a shard is closed: 128 or 256 MiB, small enough to copy and large enough to be few."""
-BLOCK = 2**20
-"""Bytes a digest covers: checked in about a millisecond."""
+__all__ = [
+    "INDEX", "Header", "LocalShards", "Origin", "ShardWriter", "ShardedSource", "Shards", "load_index",
+    "shard_path", "write_index",
+]  # fmt: skip
+
 MAX_OPEN = 256
 """Shards a source keeps mapped; far below the usual limit of open files and maps."""
-_DIGEST = 16  # hex digits of sha256 kept for a block
-_HASHED = ("version", "tokenizer", "vocab_size", "boundary", "dtype")
-_HASHED_OF_SHARD = ("tokens", "documents", "text_bytes", "min_id", "max_id", "sha256", "blocks")
+MAX_MANIFESTS = 16
+"""Manifests a source keeps parsed: those of many small files are long."""
 
 
-def id_dtype(vocab_size: int) -> str:
-    """The smallest of "<u2" and "<u4" that holds ids 0 .. vocab_size - 1."""
-    return "<u2" if vocab_size <= 2**16 else "<u4"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is either whole or absent, and on disk when this returns."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        _sync(file)
-    aside.replace(path)
-    sync(path.parent)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-class _Digests:
-    """sha256 of a byte stream and a digest of each of its blocks, computed as the bytes pass."""
-
-    def __init__(self) -> None:
-        self.whole = hashlib.sha256()
-        self.blocks: list[str] = []
-        self._block = hashlib.sha256()
-        self._room = BLOCK
-
-    def update(self, data: memoryview) -> None:
-        self.whole.update(data)
-        while len(data):
-            part, data = data[: self._room], data[self._room :]
-            self._block.update(part)
-            self._room -= len(part)
-            if not self._room:
-                self._close()
-
-    def finish(self) -> list[str]:
-        if self._room < BLOCK:
-            self._close()
-        return self.blocks
-
-    def _close(self) -> None:
-        self.blocks.append(self._block.hexdigest()[:_DIGEST])
-        self._block, self._room = hashlib.sha256(), BLOCK
-
-
-class _Shard:
-    """One shard while it is written."""
-
-    def __init__(self, directory: Path, dtype: str) -> None:
-        directory.mkdir()
-        self.directory, self.dtype = directory, dtype
-        self.offsets, self.text_bytes = array("q", [0]), array("q")
-        self.min_id, self.max_id = 2**32, -1
-        self.inputs: list[dict[str, Any]] = []
-        self._digests = _Digests()
-        self._file: BinaryIO = (directory / "tokens.bin").open("wb")
+class Shards(Protocol):
+    """Where the shards of a source are, and when."""
 
     @property
-    def tokens(self) -> int:
-        return self.offsets[-1]
+    def count(self) -> int:
+        """How many there are, known from the start."""
 
-    def add(self, ids: NDArray[Any], low: int, high: int, text_bytes: int, file: str, row: int) -> None:
-        """Append a document whose smallest id is `low` and whose largest is `high`."""
-        data = ids.astype(self.dtype).tobytes()
-        self._file.write(data)
-        self._digests.update(memoryview(data))
-        self.offsets.append(self.tokens + len(ids))
-        self.text_bytes.append(text_bytes)
-        self.min_id, self.max_id = min(self.min_id, low), max(self.max_id, high)
-        if self.inputs and self.inputs[-1]["file"] == file:
-            self.inputs[-1]["last_row"] = row
-            self.inputs[-1]["documents"] += 1
-        else:
-            self.inputs.append({"file": file, "first_row": row, "last_row": row, "documents": 1})
+    @property
+    def header(self) -> Header:
+        """What they have in common."""
 
-    def finish(self, header: dict[str, Any]) -> dict[str, Any]:
-        """Write what stands beside the tokens; return the shard's entry in the index."""
-        _sync(self._file)
-        self._file.close()
-        blocks = {
-            "tokens": self._digests.finish(),
-            "offsets": _write_npy(self.directory / "offsets.npy", self.offsets),
-            "text_bytes": _write_npy(self.directory / "text_bytes.npy", self.text_bytes),
-        }
-        entry = {
-            "name": self.directory.name,
-            "tokens": self.tokens,
-            "documents": len(self.text_bytes),
-            "text_bytes": sum(self.text_bytes),
-            "min_id": self.min_id,
-            "max_id": self.max_id,
-            "sha256": self._digests.whole.hexdigest(),
-            "blocks": _hash_of(blocks),
-        }
-        write_json(
-            self.directory / "manifest.json",
-            {**header, **entry, "block_digests": blocks, "inputs": self.inputs},
-        )
-        return entry
+    @property
+    def fingerprint(self) -> str:
+        """Names what they are made from; known from the start."""
+
+    @property
+    def max_open(self) -> int:
+        """How many of them to keep mapped at most."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is an index over all of them; cheap to ask, and never False again once True."""
+
+    def table(self) -> NDArray[np.void] | None:
+        """The index, ENTRY [count], when complete."""
+
+    def path(self, shard: int) -> Path:
+        """The local directory of a shard; waits until it is there: made, or fetched."""
+
+    def want(self, shards: Sequence[int]) -> None:
+        """These are needed soon, in this order: a hint, and returns at once."""
 
 
-def _write_npy(path: Path, values: array[int]) -> list[str]:
-    with path.open("wb") as file:
-        np.save(file, np.frombuffer(values, "<i8") if values else np.empty(0, "<i8"))
-        _sync(file)
-    return _digests_of_file(path)
+class LocalShards:
+    """A complete prepared directory of this machine."""
+
+    complete, max_open = True, MAX_OPEN
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.index, self.header, self._table = load_index(directory)
+        self.count = len(self._table)
+        self.fingerprint: str = self.index.get("fingerprint", self.index["manifest_hash"])
+
+    def table(self) -> NDArray[np.void]:
+        return self._table
+
+    def path(self, shard: int) -> Path:
+        return shard_path(self.directory, shard)
+
+    def want(self, shards: Sequence[int]) -> None:
+        """They are here already."""
 
 
-def _digests_of_file(path: Path) -> list[str]:
-    digests = _Digests()
-    with path.open("rb") as file:
-        while data := file.read(BLOCK):
-            digests.update(memoryview(data))
-    return digests.finish()
+class Origin(NamedTuple):
+    """Where a document comes from."""
+
+    file: str
+    unit: str
+    """What `position` counts: `byte` or `row`."""
+    position: int
 
 
-def _hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+class _Content(NamedTuple):
+    """What the index says of all shards together."""
 
-
-def _manifest_hash(index: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps([index[key] for key in _HASHED]).encode())
-    for entry in index["shards"]:
-        digest.update(" ".join(str(entry[key]) for key in _HASHED_OF_SHARD).encode() + b"\n")
-    return digest.hexdigest()
-
-
-class ShardWriter:
-    """Writes documents into the shards of one new directory; nothing counts until `finish`.
-
-    The caller makes the directory visible (a rename) after `finish` has returned: index.json is written
-    last and everything is on disk by then.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        tokenizer: str,
-        vocab_size: int,
-        boundary: str,
-        shard_tokens: int = SHARD_TOKENS,
-    ) -> None:
-        directory.mkdir(parents=True)
-        self._directory, self._vocab_size, self._shard_tokens = directory, vocab_size, shard_tokens
-        self._header = {
-            "version": VERSION,
-            "tokenizer": tokenizer,
-            "vocab_size": vocab_size,
-            "boundary": boundary,
-            "dtype": id_dtype(vocab_size),
-        }
-        self._entries: list[dict[str, Any]] = []
-        self._shard: _Shard | None = None
-
-    def add(self, ids: NDArray[Any], text_bytes: int, file: str = "", row: int = 0) -> None:
-        """Append one document of at least one id; ids are checked against the vocabulary before any cast."""
-        if not len(ids):
-            raise ValueError(f"{file}:{row}: a document without ids has no place in a shard")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._vocab_size:
-            wrong = low if low < 0 else high
-            raise UserError(
-                f"{file}:{row}: the tokenizer gave the id {wrong}, outside its own vocabulary"
-                f" of {self._vocab_size}; its files are damaged or do not belong together"
-            )
-        if self._shard is None:
-            name = f"shard-{len(self._entries):05d}"
-            self._shard = _Shard(self._directory / name, str(self._header["dtype"]))
-        self._shard.add(ids, low, high, text_bytes, file, row)
-        if self._shard.tokens >= self._shard_tokens:
-            self._close_shard()
-
-    def finish(self, **extra: Any) -> dict[str, Any]:
-        """Close the last shard and write the index, with `extra` in it; return the index."""
-        self._close_shard()
-        index = {**self._header, "shards": self._entries, **extra}
-        for key in ("tokens", "documents", "text_bytes"):
-            index[key] = sum(entry[key] for entry in self._entries)
-        index["manifest_hash"] = _manifest_hash(index)
-        write_json(self._directory / INDEX, index)
-        return index
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._entries.append(self._shard.finish(self._header))
-            self._shard = None
+    table: NDArray[np.void]
+    manifest_hash: str
+    sums: dict[str, int]
 
 
 class _OpenShard:
     """A shard's mapped tokens and, for each of its blocks, whether it has been checked."""
 
-    def __init__(self, tokens: NDArray[Any], digests: list[str], checked: bytearray) -> None:
-        self.tokens, self.digests, self.checked = tokens, digests, checked
-        self.bytes = tokens.view(np.uint8)
+    def __init__(self, path: Path, tokens: NDArray[Any], digests: list[str], checked: bytearray) -> None:
+        self.path, self.tokens, self.digests, self.checked = path, tokens, digests, checked
 
 
 class ShardedSource:
-    """A prepared directory, read by (shard, token span); safe to read from several threads.
+    """The shards of one source, read by (shard, token span); safe to read from several threads.
 
-    Opening reads index.json and nothing else. A shard's files are mapped when first wanted, and the
-    least recently mapped are let go beyond MAX_OPEN.
+    A shard's files are mapped when first wanted, and those mapped first are let go beyond `max_open`.
+    Whatever is damaged raises a UserError that names the file, before any token of it is given away.
     """
 
-    def __init__(self, directory: Path, index: dict[str, Any]) -> None:
-        self.directory, self.index = directory, index
-        shards = index["shards"]
-        self.tokens: int = index["tokens"]
-        self.documents: int = index["documents"]
-        self.manifest_hash: str = index["manifest_hash"]
-        self.lengths = np.array([entry["tokens"] for entry in shards], np.int64)
-        """Tokens of each shard, int64 [shards]."""
-        self._dtype = np.dtype(index["dtype"])
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards.count
+        self.header, self.fingerprint = shards.header, shards.fingerprint
+        self._shards = shards
+        self._lengths = np.full(shards.count, -1, np.int64)  # -1: not known yet
+        self._content: _Content | None = None
+        self._dtype = np.dtype(shards.header.dtype)
         self._open_shards: dict[int, _OpenShard] = {}
-        self._checked: dict[int, bytearray] = {}  # outlives the maps: a block is checked once
         self._tables: dict[tuple[str, int], NDArray[np.int64]] = {}
+        # It outlives the maps, so that a block is checked once: which file a shard was, and its blocks.
+        self._checked: dict[int, tuple[tuple[int, int], bytearray]] = {}
+        self._manifest = lru_cache(MAX_MANIFESTS)(self._load_manifest)
+        self._input_ends = lru_cache(MAX_MANIFESTS)(self._sum_inputs)
+        self._files: dict[str, list[int]] | None = None
         self._lock = threading.Lock()
+        self._learn()
 
     @classmethod
     def open(cls, directory: Path) -> ShardedSource:
-        """Open a prepared directory; UserError where it is none, or where its index contradicts itself."""
-        try:
-            index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{directory} is not a prepared directory: {INDEX}: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"{directory / INDEX} is not JSON ({error}): prepare again") from error
-        _check_index(directory, index)
-        return cls(directory, index)
+        """Open a complete prepared directory; UserError where it is none, or where its index is damaged."""
+        return cls(LocalShards(directory))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all lengths are known."""
+        return self._learn() is not None
+
+    @property
+    def manifest_hash(self) -> str | None:
+        """Names the content: equal hashes, equal tokens. None until complete."""
+        content = self._learn()
+        return content and content.manifest_hash
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens in all shards; None until complete."""
+        return self._sum("tokens")
+
+    @property
+    def documents(self) -> int | None:
+        """Documents in all shards; None until complete."""
+        return self._sum("documents")
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """index.json of a complete source: what follows from the table, and the rest if `Shards` has it."""
+        content = self._learn()
+        assert content is not None
+        known = {"shards": self.shards, **content.sums, "manifest_hash": content.manifest_hash}
+        return {**self.header.as_dict(), **known, **(getattr(self._shards, "index", None) or {})}
+
+    def lengths(self, shards: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Tokens of these shards, int64; waits until all of them are there."""
+        found = self._lengths[shards]
+        if (found < 0).any() and self._learn() is None:
+            for shard in np.asarray(shards)[found < 0].tolist():
+                self._manifest(shard)
+        return self._lengths[shards]
+
+    def want(self, shards: Sequence[int]) -> None:
+        """These shards are needed soon, in this order: a hint, and returns at once."""
+        self._shards.want(shards)
 
     def read(self, shard: int, start: int, stop: int) -> NDArray[Any]:
-        """The ids start .. stop - 1 of a shard, a read-only view in the dtype on disk."""
+        """The ids start .. stop - 1 of a shard, a read-only view in the dtype on disk; waits."""
         opened = self._open_shards.get(shard) or self._map(shard)
         if start < stop:
             size = self._dtype.itemsize
             first, last = start * size // BLOCK, (stop * size - 1) // BLOCK + 1
             while (block := opened.checked.find(0, first, last)) >= 0:
-                self._check_block(shard, opened, block)
+                self._check_block(opened, block)
         return opened.tokens[start:stop]
 
     def offsets(self, shard: int) -> NDArray[np.int64]:
-        """Token offsets of a shard's documents, int64 [documents + 1], mapped."""
-        return self._table("offsets", shard)
+        """Token offsets of a shard's documents, int64 [documents + 1], mapped; waits."""
+        return self._documents_table("offsets", shard)
 
     def text_bytes(self, shard: int) -> NDArray[np.int64]:
-        """UTF-8 bytes of the text of each of a shard's documents, int64 [documents], mapped."""
-        return self._table("text_bytes", shard)
+        """UTF-8 bytes of the text of each of a shard's documents, int64 [documents], mapped; waits."""
+        return self._documents_table("text_bytes", shard)
 
-    def _path(self, shard: int) -> Path:
-        return self.directory / self.index["shards"][shard]["name"]
+    # Where documents come from
+
+    def inputs(self, shard: int) -> list[dict[str, Any]]:
+        """The files behind a shard in the order of its documents, {file, unit, documents} each; waits."""
+        return list(self._manifest(shard)["inputs"])
+
+    def origin(self, shard: int, document: int) -> Origin:
+        """Where a shard's document comes from; waits."""
+        position = int(self._documents_table("origins", shard)[document])
+        one = self._manifest(shard)["inputs"][bisect_right(self._input_ends(shard), document)]
+        return Origin(one["file"], one["unit"], position)
+
+    def find(self, file: str) -> list[int]:
+        """The shards that hold documents of a file; the first call reads the manifest of every shard."""
+        if self._files is None:
+            files: dict[str, list[int]] = {}
+            for shard in range(self.shards):
+                for name in {one["file"] for one in self._load_manifest(shard)["inputs"]}:
+                    files.setdefault(name, []).append(shard)
+            self._files = files
+        return list(self._files.get(file, []))
+
+    def _sum_inputs(self, shard: int) -> list[int]:
+        return list(accumulate(one["documents"] for one in self._manifest(shard)["inputs"]))
+
+    # What is known of the shards
+
+    def _learn(self) -> _Content | None:
+        """The content once the shards are complete: from then on their index has the word."""
+        if self._content is None and self._shards.complete:
+            table = self._shards.table()
+            assert table is not None
+            with self._lock:
+                known = np.flatnonzero(self._lengths >= 0)
+                other = known[self._lengths[known] != table["tokens"][known]]
+                if len(other):
+                    shard = int(other[0])
+                    raise damaged(self._shards.path(shard) / MANIFEST, f"does not belong to {INDEX}")
+                self._lengths = table["tokens"].astype(np.int64)
+                sums = {name: int(table[name].sum()) for name in SUMS}
+                self._content = _Content(table, manifest_hash(self.header, table), sums)
+            self._manifest.cache_clear()  # so that what was read by its own word is held against the index
+        return self._content
+
+    def _sum(self, name: str) -> int | None:
+        content = self._learn()
+        return content and content.sums[name]
+
+    def _load_manifest(self, shard: int) -> dict[str, Any]:
+        """The checked manifest of a shard; waits until it is there."""
+        path = self._shards.path(shard)
+        manifest = load_manifest(path, self.header)
+        content = self._learn()
+        if content is not None:
+            entry = np.array(entry_of(manifest), ENTRY)
+            if entry.tobytes() != content.table[shard].tobytes():
+                raise damaged(path / MANIFEST, f"does not belong to {INDEX}")
+        with self._lock:
+            self._lengths[shard] = manifest["tokens"]
+        return manifest
+
+    # Maps
 
     def _map(self, shard: int) -> _OpenShard:
+        manifest, directory = self._manifest(shard), self._shards.path(shard)  # waits: hold no lock
+        path, digests = directory / TOKENS, manifest["block_digests"][TOKENS]
+        expected = manifest["tokens"] * self._dtype.itemsize
+        with open_file(path) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size != expected:
+                raise damaged(path, f"has {status.st_size} bytes instead of {expected}")
+            tokens: NDArray[Any] = np.empty(0, self._dtype)
+            if expected:  # nothing cannot be mapped
+                tokens = np.memmap(file, self._dtype, "r").view(np.ndarray)
+        identity = status.st_ino, status.st_mtime_ns
         with self._lock:
-            if shard in self._open_shards:
-                return self._open_shards[shard]
-            path, expected = self._path(shard) / "tokens.bin", int(self.lengths[shard]) * self._dtype.itemsize
-            size = _size(path)
-            if size != expected:
-                raise _corrupt(path, f"has {size} bytes instead of {expected}")
-            digests = self._manifest(shard)["block_digests"]["tokens"]
-            checked = self._checked.setdefault(shard, bytearray(len(digests)))
-            tokens = np.memmap(path, self._dtype, "r").view(np.ndarray)
-            _make_room(self._open_shards)
-            self._open_shards[shard] = _OpenShard(tokens, digests, checked)
+            before = self._checked.get(shard)
+            if before is None or before[0] != identity:  # a file that was fetched again is another one
+                before = self._checked[shard] = identity, bytearray(len(digests))
+            if shard not in self._open_shards:
+                _make_room(self._open_shards, self._shards.max_open)
+                self._open_shards[shard] = _OpenShard(path, tokens, digests, before[1])
             return self._open_shards[shard]
 
-    def _check_block(self, shard: int, opened: _OpenShard, block: int) -> None:
-        data = opened.bytes[block * BLOCK : (block + 1) * BLOCK]
-        if hashlib.sha256(data.data).hexdigest()[:_DIGEST] != opened.digests[block]:
-            raise _corrupt(self._path(shard) / "tokens.bin", f"block {block} (1 MiB) has a wrong digest")
+    def _check_block(self, opened: _OpenShard, block: int) -> None:
+        size = BLOCK // self._dtype.itemsize
+        ids = opened.tokens[block * size : (block + 1) * size]
+        if block_digest(ids.view(np.uint8)) != opened.digests[block]:
+            raise damaged(opened.path, f"block {block} (1 MiB) has a wrong digest")
+        if int(ids.max()) >= self.header.vocab_size:
+            position = block * size + int(ids.argmax())
+            outside = f"outside the vocabulary of {self.header.vocab_size}"
+            raise damaged(opened.path, f"token {position} is {ids.max()}, {outside}")
         opened.checked[block] = 1
 
-    def _table(self, name: str, shard: int) -> NDArray[np.int64]:
+    def _documents_table(self, name: str, shard: int) -> NDArray[np.int64]:
         key = (name, shard)
         table = self._tables.get(key)
         if table is None:
-            table = self._load_table(name, shard)
+            table = self._load_documents_table(name, shard)
             with self._lock:
-                _make_room(self._tables)
+                _make_room(self._tables, 3 * self._shards.max_open)
                 self._tables[key] = table
         return table
 
-    def _load_table(self, name: str, shard: int) -> NDArray[np.int64]:
-        entry, path = self.index["shards"][shard], self._path(shard) / f"{name}.npy"
-        _size(path)
-        if _digests_of_file(path) != self._manifest(shard)["block_digests"][name]:
-            raise _corrupt(path, "has a wrong digest")
-        table = np.load(path, mmap_mode="r").view(np.ndarray)
-        ends_well = name != "offsets" or (table[0] == 0 and table[-1] == entry["tokens"])
-        if len(table) != entry["documents"] + (name == "offsets") or not ends_well:
-            raise _corrupt(path, "does not fit the index")
+    def _load_documents_table(self, name: str, shard: int) -> NDArray[np.int64]:
+        manifest, path = self._manifest(shard), self._shards.path(shard) / f"{name}.npy"
+        if digests_of_file(path) != manifest["block_digests"][path.name]:
+            raise damaged(path, "has a wrong digest")
+        table = load_npy(path, np.dtype("<i8"), manifest["documents"] + (name == "offsets"))
+        if name == "offsets":  # begin at 0, end at the last token, and grow: no document is empty
+            sound = table[0] == 0 and table[-1] == manifest["tokens"] and (np.diff(table) > 0).all()
+        else:
+            sound = table.min(initial=0) >= 0
+        if name == "text_bytes":
+            sound = sound and table.sum() == manifest["text_bytes"]
+        if not sound:
+            raise damaged(path, f"does not fit {MANIFEST}")
         return table
 
-    def _manifest(self, shard: int) -> dict[str, Any]:
-        path = self._path(shard) / "manifest.json"
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            right = _hash_of(manifest["block_digests"]) == self.index["shards"][shard]["blocks"]
-        except (OSError, ValueError, KeyError) as error:
-            raise _corrupt(path, f"cannot be read: {error!r}") from error
-        if not right:
-            raise _corrupt(path, f"does not belong to {INDEX}")
-        return manifest
 
-
-def _corrupt(file: Path, what: str) -> UserError:
-    """A shard is not what its index says."""
-    return UserError(f"{file}: {what}; delete the directory {file.parent.parent} and prepare again")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise _corrupt(path, f"cannot be read: {error.strerror}") from error
-
-
-def _make_room(opened: dict[Any, Any]) -> None:
-    while len(opened) >= MAX_OPEN:
+def _make_room(opened: dict[Any, Any], most: int) -> None:
+    while len(opened) >= most:
         del opened[next(iter(opened))]
-
-
-def _check_index(directory: Path, index: dict[str, Any]) -> None:
-    path = directory / INDEX
-    if index.get("version") != VERSION:
-        raise UserError(f"{path}: version {index.get('version')} is not {VERSION}: prepare again")
-    if index["dtype"] != id_dtype(index["vocab_size"]):
-        raise UserError(f"{path}: dtype {index['dtype']} does not suit vocab_size {index['vocab_size']}")
-    for entry in index["shards"]:
-        if not 0 <= entry["min_id"] <= entry["max_id"] < index["vocab_size"]:
-            raise UserError(
-                f"{directory / entry['name']}: ids {entry['min_id']} to {entry['max_id']} do not fit"
-                f" vocab_size {index['vocab_size']}"
-            )
-    if sum(entry["tokens"] for entry in index["shards"]) != index["tokens"]:
-        raise UserError(f"{path}: the shards' tokens do not add up to {index['tokens']}: prepare again")
-    if _manifest_hash(index) != index["manifest_hash"]:
-        raise UserError(f"{path}: manifest_hash does not fit the content: prepare again")
