@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from llmtrain.data.readers.fields import BadRecordError, Fields
+from llmtrain.data.records import Document, Rejected, Slice
+
 _LEFT_OUT = {
     "test", "tests", "idlelib", "lib2to3", "encodings",  # fixtures, tables, a second Python grammar
     "pydoc_data",  # the prose source
@@ -22,28 +25,39 @@ _LEFT_OUT = {
 _SHORTEST_DOCSTRING = 120  # characters; shorter ones say little beyond the name of their function
 
 
-def embedded_documents(name: str) -> Iterator[tuple[str, str, int]]:
-    """Yield (text, file, line or ordinal) of the source code, docstrings or prose, in a fixed order.
+def embedded_slices(name: str) -> list[Slice]:
+    """A slice for each file behind a source; `size`: about its bytes of text."""
+    part = {"prose": (1, 1), "code": (6, 7), "docstrings": (1, 7)}[name]  # of the library in Python 3.11
+    return [
+        Slice(relative, 0, None, "row", path.stat().st_size * part[0] // part[1])
+        for relative, path in _files("prose" if name == "prose" else "code")
+    ]
+
+
+def read_embedded(name: str, piece: Slice, fields: Fields) -> Iterator[Document | Rejected]:
+    """The documents of one file: a module's code, its docstrings (by line), or the topics of Python's help.
 
     The text differs between Python versions. No docstring of `docstrings` is left in `code`, so that a
     docstring held out of the one is not trained on in the other.
     """
+    for row, text in _documents(name, piece.file):
+        if row >= piece.start and (piece.stop is None or row < piece.stop):
+            try:
+                yield Document(fields.checked(text, text, "the text"), row)
+            except BadRecordError as bad:
+                yield bad.rejected(row, text.encode("utf-8", "backslashreplace"))
+
+
+def _documents(name: str, file: str) -> Iterator[tuple[int, str]]:
+    """(line or ordinal, both from 0, text) of the documents of one file."""
     if name == "prose":
-        for number, (_, text) in enumerate(sorted(_topics().items()), start=1):
-            yield text, "pydoc_data/topics.py", number
+        yield from enumerate(text for _, text in sorted(_topics().items()))
         return
-    for file, code, docstrings in _library():
-        if name == "code":
-            yield code, file, 1
-        else:
-            yield from ((text, file, line) for text, line in docstrings)
-
-
-def embedded_size(name: str) -> int:
-    """About how many bytes of text a source has, without parsing it."""
-    total = sum(path.stat().st_size for _, path in _files(name))
-    docstrings = total // 7  # their part of the library in Python 3.11
-    return {"prose": total, "code": total - docstrings, "docstrings": docstrings}[name]
+    code, docstrings = _library()[file]
+    if name == "code":
+        yield 0, code
+    else:
+        yield from ((line - 1, text) for text, line in docstrings)
 
 
 def embedded_fingerprint(name: str) -> str:
@@ -80,9 +94,9 @@ def _topics() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)  # 10 MB of text; parsing it takes seconds, and both sources need it more than once
-def _library() -> list[tuple[str, str, list[tuple[str, int]]]]:
-    """(file, code without its docstrings, [(docstring, line)]) of each module."""
-    return [(relative, *_split(path.read_bytes().decode())) for relative, path in _files("code")]
+def _library() -> dict[str, tuple[str, list[tuple[str, int]]]]:
+    """(code without its docstrings, [(docstring, line)]) of each module, by file."""
+    return {relative: _split(path.read_bytes().decode()) for relative, path in _files("code")}
 
 
 def _split(source: str) -> tuple[str, list[tuple[str, int]]]:
