@@ -5,18 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config.hydra import hydra_door
-from llmtrain.training import train_config
 
 if TYPE_CHECKING:
     from llmtrain.data.prepare import Prepared
-    from llmtrain.training.config import TrainConfig
+    from llmtrain.training.config import PrepareConfig
 
 
-def run(config: TrainConfig) -> int:
-    """Prepare every source of the config and print one line each."""
-    from llmtrain.data.prepare import prepare
+def run(config: PrepareConfig) -> int:
+    """Prepare every source of the config, or one share of them, and print one line each."""
+    from llmtrain.data.prepare import parse_part, prepare
 
-    prepared = prepare(config.data, config.tokenizer, config.cache_dir)
+    prepared = prepare(
+        config.data,
+        config.tokenizer,
+        config.cache_dir,
+        part=parse_part(config.part),
+        workers=config.data.workers,
+    )
     if _is_main():
         show(prepared)
     return 0
@@ -28,28 +33,48 @@ def show(prepared: Prepared) -> None:
     from rich.table import Table
 
     table = Table(title=f"prepared with a tokenizer of {prepared.tokenizer.vocab_size:,} ids")
-    for number, heading in enumerate(("source", "documents", "tokens", "bytes", "bytes a token", "held out")):
+    headings = "source", "documents", "tokens", "bytes", "bytes a token", "held out", "rejected"
+    for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     for row in rows(prepared):
         table.add_row(*row)
     console = Console(soft_wrap=True)
     console.print(table)
     for name, source in prepared.sources.items():
-        console.print(f"{name}: {source.train.resolve()}", highlight=False)
+        console.print(f"{name}: {where(source.train)}{_reasons(prepared, name)}", highlight=False)
 
 
 def rows(prepared: Prepared) -> list[list[str]]:
-    """Source, training documents, tokens and bytes of text, bytes a token, and held-out documents."""
-    from llmtrain.data.shards import ShardedSource
+    """Source, training documents, tokens and bytes of text, bytes a token, held-out and rejected documents.
 
+    Of a source of which other shares are still to be made: how many of its shards are there.
+    """
+    complete = prepared.complete_sources()
+    train, held_out = complete.open()
     table = []
-    for name, source in prepared.sources.items():
-        index: dict[str, Any] = ShardedSource.open(source.train).index
-        held_out = ShardedSource.open(source.validation).documents if source.validation else 0
-        ratio = index["text_bytes"] / index["tokens"]
+    for name in prepared.sources:
+        if name not in train:
+            table.append([name, prepared.progress(name), *[""] * 5])
+            continue
+        index: dict[str, Any] = train[name].index
+        ratio = index["text_bytes"] / max(1, index["tokens"])
         counts = [f"{index[key]:,}" for key in ("documents", "tokens", "text_bytes")]
-        table.append([name, *counts, f"{ratio:.2f}", f"{held_out:,}"])
+        others = held_out[name].documents if name in held_out else 0
+        rejected = sum(prepared.rejected(name).values())
+        table.append([name, *counts, f"{ratio:.2f}", f"{others:,}", f"{rejected:,}"])
     return table
+
+
+def _reasons(prepared: Prepared, name: str) -> str:
+    """What was wrong with records, and where they are kept."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(prepared.rejected(name).items()))
+    kept = prepared.quarantine(name)
+    return (f"; rejected: {reasons}" if reasons else "") + (f", kept in {kept[0].parent}" if kept else "")
+
+
+def where(place: Any) -> str:
+    """A directory's absolute path, or a URL."""
+    return place if isinstance(place, str) else str(place.resolve())
 
 
 def _is_main() -> bool:
@@ -58,9 +83,15 @@ def _is_main() -> bool:
     return World.from_environment().is_main
 
 
+def _config() -> type[PrepareConfig]:
+    from llmtrain.training.config import PrepareConfig
+
+    return PrepareConfig
+
+
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain prepare` and `python -m llmtrain.prepare`."""
-    return hydra_door(train_config, run, __doc__, argv)
+    return hydra_door(_config, run, __doc__, argv, primary="prepare")
 
 
 if __name__ == "__main__":

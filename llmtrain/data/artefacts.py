@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ HEAD_START = 1.0
 """Seconds that local rank 0 has the lock to itself: people watch its console."""
 POLL = 0.2
 REMIND = 5.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def artefact_key(*parts: Any) -> str:
@@ -40,14 +44,21 @@ def make_once(directory: Path, build: Callable[[Path], None], what: str) -> Path
         return directory
     if World.from_environment().local_rank > 0:
         time.sleep(HEAD_START)
-    try:
+    with cache_errors(directory.parent, what):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(directory.with_name(f".{directory.name}.lock"), what):
+        with locked(directory.with_name(f".{directory.name}.lock"), what):
             if not directory.is_dir():
                 _build_aside(directory, build)
-    except OSError as error:  # no permission, a full disk: readers name their own files
-        raise UserError(f"cache_dir: {what} cannot be written to {directory.parent}: {error}") from error
     return directory
+
+
+@contextlib.contextmanager
+def cache_errors(directory: Path, what: str) -> Iterator[None]:
+    """No permission or a full disk is a UserError (readers name their own files)."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cache_dir: {what} cannot be written to {directory}: {error}") from error
 
 
 def _build_aside(directory: Path, build: Callable[[Path], None]) -> None:
@@ -64,18 +75,72 @@ def _build_aside(directory: Path, build: Callable[[Path], None]) -> None:
         raise
 
 
+def publish(aside: Path, target: Path) -> None:
+    """Rename a finished file or directory to where it is looked for, for good.
+
+    A directory that is there already stays: what has the same name was made from the same input.
+    """
+    target.parent.mkdir(exist_ok=True)
+    try:
+        aside.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    sync(target.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that is either whole or absent, whoever else writes it at the same time."""
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
 @contextlib.contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process may do the work that the file stands for: False while another one has it.
+
+    The claim is an flock, which the kernel takes back however the process ends. Where the file system knows
+    no locks everybody may; the work has to bear being done twice.
+    """
+    with path.open("a") as file:
+        if not _try(file.fileno()):
+            yield False
+            return
+        yield True
+        path.unlink(missing_ok=True)  # not after an error; who opened it meanwhile will see the work done
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
     """Hold an flock, which the kernel takes back however the process ends."""
     with path.open("a") as file:
         waiting = spoke = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - spoke > REMIND:
-                    spoke = time.monotonic()
-                    logger.info("%s: another process is at work on it (%.0f s)", what, spoke - waiting)
-                time.sleep(POLL)
+        while not _try(file.fileno()):
+            if time.monotonic() - spoke > REMIND:
+                spoke = time.monotonic()
+                logger.info("%s: another process is at work on it (%.0f s)", what, spoke - waiting)
+            time.sleep(POLL)
         yield
+
+
+def _try(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def process_exists(pid: int) -> bool:
+    """Whether a process of this machine is alive."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

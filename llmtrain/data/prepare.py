@@ -1,95 +1,47 @@
 """Text to token shards, once: train or load the tokenizer, encode each source, keep both in the cache.
 
 What lies in the cache depends on the text, the tokenizer, the boundary policy and the held-out fraction; not
-on seed, weights or the number of ranks. Documents are counted on their way in and on their way out.
+on seed, weights or the number of processes. It is made ahead of training or beside it, part by part: a part
+that is done is never made again. Documents are counted on their way in and on their way out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-import numpy as np
 
 from llmtrain.config import UserError
 from llmtrain.data import readers
-from llmtrain.data.artefacts import artefact_key, make_once
-from llmtrain.data.config import Boundary, DataConfig, SourceConfig
-from llmtrain.data.progress import Progress, console_progress, work
-from llmtrain.data.readers import Document, Input
-from llmtrain.data.shards import INDEX, ShardedSource, ShardWriter
+from llmtrain.data.artefacts import HEAD_START, POLL, REMIND, artefact_key, cache_errors, make_once
+from llmtrain.data.config import DataConfig, SourceConfig
+from llmtrain.data.growing import VERSION, Preparation
+from llmtrain.data.prepared import Prepared, PreparedSource, absolute, is_prepared, open_place
+from llmtrain.data.progress import Progress, SilentProgress, console_progress, work
+from llmtrain.data.readers.files import is_url
+from llmtrain.data.records import Document, Slice
+from llmtrain.data.shards import Header, LocalShards
+from llmtrain.data.tokenizing import TRAIN, VALIDATION, boundary_ids, is_held_out, make
+from llmtrain.data.workers import NICE, Crew, Job
+from llmtrain.distributed import World, usable_cores
 from llmtrain.tokenizer import SentencePieceConfig, Tokenizer, TokenizerConfig, load_tokenizer
-from llmtrain.tokenizer.base import Ids
 from llmtrain.tokenizer.training import LOSSLESS, train_sentencepiece
+
+__all__ = [
+    "Prepared", "PreparedSource", "build_tokenizer", "check_inputs", "parse_part", "prepare",
+    "prepared_tokens", "sample_documents", "train_tokenizer",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Part of every key: raise it when the same input would give other shards."""
 SAMPLE_BYTES = 10_000_000
 """Text that a tokenizer is trained on: more makes it slower and hardly better at these sizes."""
 SAMPLE_INPUTS = 64
-"""Files a source is sampled from, evenly spaced."""
-BATCH_BYTES = 1_000_000
-"""Text encoded at a time: enough to keep every core busy."""
-TRAIN, VALIDATION = "train", "validation"
-
-
-@dataclass(frozen=True)
-class PreparedSource:
-    """Where a source's shards are."""
-
-    train: Path
-    validation: Path | None
-    """None where no document is held out."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The tokenizer and the shards of every source, by name."""
-
-    tokenizer: Tokenizer
-    sources: dict[str, PreparedSource]
-
-    def open(self) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
-        """The training text of every source, and the held-out text of those that have some."""
-        train = {name: ShardedSource.open(source.train) for name, source in self.sources.items()}
-        held_out = {
-            name: ShardedSource.open(source.validation)
-            for name, source in self.sources.items()
-            if source.validation is not None
-        }
-        return train, held_out
-
-    @classmethod
-    def from_dict(cls, tokenizer: Tokenizer, paths: Mapping[str, Mapping[str, str | None]]) -> Prepared:
-        """The inverse of `as_dict`; whether the shards are still there is not looked at."""
-        sources = {}
-        for name, source in paths.items():
-            train, validation = source[TRAIN], source[VALIDATION]
-            assert train is not None
-            sources[name] = PreparedSource(Path(train), Path(validation) if validation else None)
-        return cls(tokenizer, sources)
-
-    def is_there(self) -> bool:
-        """Whether there are sources, and every directory of theirs."""
-        paths = [path for source in self.sources.values() for path in (source.train, source.validation)]
-        return bool(paths) and all(path is None or path.is_dir() for path in paths)
-
-    def as_dict(self) -> dict[str, dict[str, str | None]]:
-        """The absolute path of each source's shards, as JSON."""
-        return {
-            name: {
-                TRAIN: str(source.train.resolve()),
-                VALIDATION: str(source.validation.resolve()) if source.validation else None,
-            }
-            for name, source in self.sources.items()
-        }
+"""Slices a source is sampled from, evenly spaced."""
+SMALL = 16 << 20
+"""Bytes of input that are prepared at once, in this process: starting others would take as long."""
+TOKENS_ALREADY = ("shards", "megatron", "nanogpt")
 
 
 def prepare(
@@ -97,22 +49,36 @@ def prepare(
     tokenizer: TokenizerConfig | Tokenizer,
     cache_dir: Path,
     progress: Progress | None = None,
+    *,
+    background: bool = False,
+    part: tuple[int, int] = (1, 1),
+    workers: int | None = None,
 ) -> Prepared:
     """Shards of every source and the tokenizer they were made with; quick where they exist already.
 
-    Any process may call it at any time. UserError for text that cannot be read, a boundary policy that
-    the tokenizer cannot serve, or prepared shards of another tokenizer.
+    Any number of processes and machines may call it at any time: each part is made by one of them. With
+    `background` it returns while parts are still made, by processes of local rank 0. `part` (3, 16) makes
+    the third of sixteen shares only. UserError for text that cannot be read, a boundary policy that the
+    tokenizer cannot serve, or prepared shards of another tokenizer.
     """
-    progress = progress or console_progress()
+    check_inputs(data)
     if isinstance(tokenizer, TokenizerConfig):
         tokenizer, _ = build_tokenizer(data, tokenizer, cache_dir)
-    ready = tokenizer
-    boundary_ids(data.boundary, ready)
-    sources = {
-        name: _prepare_source(name, source, data, ready, cache_dir, progress)
-        for name, source in data.sources.items()
-    }
-    return Prepared(ready, sources)
+    boundary_ids(data.boundary, tokenizer)
+    prepared = look(data, tokenizer, cache_dir)
+    jobs = _missing(prepared, part)
+    if jobs and background and not _is_small(jobs):
+        prepared.crew = _crew_beside(jobs, tokenizer, cache_dir, workers)
+        return prepared
+    _make_all(jobs, tokenizer, cache_dir, progress, workers)
+    return _without_empty(prepared)
+
+
+def look(data: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Prepared:
+    """What is there of every source's shards; nothing is made."""
+    header = Header(tokenizer.fingerprint, tokenizer.vocab_size, data.boundary)
+    sources = {name: _source(name, source, data, header, cache_dir) for name, source in data.sources.items()}
+    return Prepared(tokenizer, sources, cache_dir, int(data.remote_cache_gb * 10**9))
 
 
 def check_inputs(data: DataConfig) -> None:
@@ -120,12 +86,222 @@ def check_inputs(data: DataConfig) -> None:
     mistakes = []
     for name, source in data.sources.items():
         try:
-            if readers.resolve_format(source) != "shards":
-                readers.inputs(source)
+            readers.check(source)
         except UserError as error:
-            mistakes += [f"data.sources.{name}.path={line}" for line in error.lines]
+            key = f"data.sources.{name}" if source.path is None else f"data.sources.{name}.path="
+            mistakes += [f"{key}{line}" if source.path else f"{key} {line}" for line in error.lines]
     if mistakes:
         raise UserError(*mistakes)
+
+
+def prepared_tokens(
+    name: str, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer | None, cache_dir: Path
+) -> int | None:
+    """Tokens to train on of a source that is prepared already, else None; nothing is made.
+
+    `tokenizer` is None where no source is text.
+    """
+    if readers.resolve_format(source) == "shards":
+        where = source.location if is_url(source.location) else Path(source.location).expanduser()
+        table = open_place(where, name, cache_dir, remote_bytes(data)).table()
+        return None if table is None else int(table["tokens"].sum())
+    if tokenizer is None:
+        return None
+    header = Header(tokenizer.fingerprint, tokenizer.vocab_size, data.boundary)
+    preparation = Preparation(name, source, data, header, cache_dir)
+    if not preparation.complete:
+        return None
+    return LocalShards(preparation.directory / TRAIN).index["tokens"]
+
+
+def remote_bytes(data: DataConfig) -> int:
+    """`remote_cache_gb` in bytes."""
+    return int(data.remote_cache_gb * 10**9)
+
+
+# Which parts, and who makes them
+
+
+def _missing(prepared: Prepared, part: tuple[int, int]) -> list[Job]:
+    """The parts of all sources that are not there and are in this share; what is there is looked at again."""
+    share, shares = part
+    jobs: dict[tuple[Path, int], Job] = {}
+    for name, source in prepared.sources.items():
+        preparation = source.preparation
+        if preparation is None:
+            continue
+        if preparation.complete:
+            preparation.check_complete()
+            continue
+        with cache_errors(preparation.directory, f"source {name}"):
+            preparation.begin()
+        done = preparation.done()
+        for number in range(len(preparation.parts)):
+            if number not in done and number % shares == share - 1:
+                job = Job(preparation, number)
+                jobs.setdefault(job.key, job)
+        if len(done) == len(preparation.parts):  # only the index is missing
+            preparation.finish()
+    return list(jobs.values())
+
+
+def _is_small(jobs: list[Job]) -> bool:
+    sizes = [job.size for job in jobs]
+    return None not in sizes and sum(size or 0 for size in sizes) <= SMALL
+
+
+def _make_all(
+    jobs: list[Job], tokenizer: Tokenizer, cache_dir: Path, progress: Progress | None, workers: int | None
+) -> None:
+    """Have all these parts there, by processes if that is worth it."""
+    if not jobs:
+        return
+    world = World.from_environment()
+    if world.local_rank > 0:  # people watch local rank 0's console; the others help if there is more to do
+        time.sleep(HEAD_START)
+        progress = SilentProgress()
+    for preparation in _preparations(jobs):
+        preparation.forget_failure()
+        preparation.check(preparation.done())
+    workers = min(workers or usable_cores(), len(jobs))
+    directory = None
+    if workers > 1 and not _is_small(jobs) and world.local_rank == 0:
+        directory = _saved(tokenizer, cache_dir)
+    sizes = [job.size for job in jobs]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    progress = progress or console_progress()
+    names = dict.fromkeys(job.preparation.name for job in jobs)
+    with work(progress, f"prepare {', '.join(names)}", total):
+        tell = _Totals(progress)
+        if directory is None:
+            _make_here(jobs, tokenizer, tell)
+        else:
+            Crew(jobs, directory, workers, tell=tell).run()
+
+
+class _Totals:
+    """Adds up what becomes of parts, for the progress of all of them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._sums = progress, [0, 0, 0, 0]
+
+    def __call__(self, *more: int) -> None:
+        self._sums = [total + new for total, new in zip(self._sums, more, strict=True)]
+        self._progress.update(*self._sums)
+
+
+def _make_here(jobs: list[Job], tokenizer: Tokenizer, tell: _Totals) -> None:
+    """Make parts one after another in this process; wait for those that others have."""
+    left, spoke = list(jobs), time.monotonic()
+    while left:
+        elsewhere = []
+        for job in left:
+            with cache_errors(job.preparation.directory, f"source {job.preparation.name}"):
+                if not make(job.preparation.task(job.number), tokenizer, tell):
+                    elsewhere.append(job)
+        if len(elsewhere) == len(left):
+            if time.monotonic() - spoke > REMIND:
+                spoke = time.monotonic()
+                name = left[0].preparation.name
+                logger.info("source %s: another process is at work on it (%d parts)", name, len(left))
+            time.sleep(POLL)
+        left = elsewhere
+    for preparation in _preparations(jobs):
+        preparation.finish()
+
+
+def _crew_beside(jobs: list[Job], tokenizer: Tokenizer, cache_dir: Path, workers: int | None) -> Crew | None:
+    """Processes of local rank 0 that work beside training; None on other ranks."""
+    world = World.from_environment()
+    if world.local_rank > 0:
+        return None
+    for preparation in _preparations(jobs):
+        preparation.forget_failure()
+    directory = _saved(tokenizer, cache_dir)
+    if directory is None:
+        raise UserError(
+            f"data.preparation=background: the processes beside training cannot load a"
+            f" {type(tokenizer).__name__}; set data.preparation=ahead"
+        )
+    workers = workers or max(1, usable_cores() - world.local_world_size)
+    logger.info("tokenising %d parts in the background, %d processes", len(jobs), workers)
+    crew = Crew(jobs, directory, workers, nice=NICE, recheck=True)
+    crew.start()
+    return crew
+
+
+def _preparations(jobs: list[Job]) -> list[Preparation]:
+    return list({job.preparation.directory: job.preparation for job in jobs}.values())
+
+
+def _saved(tokenizer: Tokenizer, cache_dir: Path) -> Path | None:
+    """A directory that other processes can load the tokenizer from; None for one that we cannot load."""
+    directory = cache_dir.expanduser() / "tokenizers" / f"saved-{tokenizer.fingerprint[:32]}"
+    make_once(directory, tokenizer.save, "tokenizer")
+    try:
+        same = load_tokenizer(directory).fingerprint == tokenizer.fingerprint
+    except UserError:
+        same = False
+    return directory if same else None
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`3/16` as (3, 16); UserError for what is no share."""
+    share, slash, shares = text.partition("/")
+    if slash and share.strip().isdecimal() and shares.strip().isdecimal():
+        part = int(share), int(shares)
+        if 1 <= part[0] <= part[1]:
+            return part
+    raise UserError(f"part={text}: give i/n with i from 1 to n, such as 3/16; 1/1 is everything")
+
+
+# Sources
+
+
+def _source(
+    name: str, source: SourceConfig, data: DataConfig, header: Header, cache_dir: Path
+) -> PreparedSource:
+    if readers.resolve_format(source) == "shards":
+        return _already_prepared(name, source, header, data, cache_dir)
+    preparation = Preparation(name, source, data, header, cache_dir)
+    held_out = preparation.directory / VALIDATION if data.validation_fraction else None
+    return PreparedSource(preparation.directory / TRAIN, held_out, preparation)
+
+
+def _without_empty(prepared: Prepared) -> Prepared:
+    """Without the held-out splits that hold nothing after all."""
+    for name, source in prepared.sources.items():
+        if source.preparation is None or not source.preparation.complete or source.validation is None:
+            continue
+        assert isinstance(source.validation, Path)
+        if not LocalShards(source.validation).index["documents"]:
+            prepared.sources[name] = PreparedSource(source.train, None, source.preparation)
+    return prepared
+
+
+def _already_prepared(
+    name: str, source: SourceConfig, header: Header, data: DataConfig, cache_dir: Path
+) -> PreparedSource:
+    """A source that `llmtrain prepare` wrote elsewhere: the same tokenizer and boundary, or an error."""
+    if is_url(source.location):
+        url = source.location.rstrip("/")
+        train: Path | str = url
+        beside: Path | str = f"{url.rpartition('/')[0]}/{VALIDATION}"
+    else:
+        train = Path(source.location).expanduser()
+        beside = train.resolve().parent / VALIDATION
+    itself = absolute(train) == absolute(beside)
+    splits = [train] if itself or not is_prepared(beside) else [train, beside]
+    for split in splits:
+        found = open_place(split, name, cache_dir, remote_bytes(data)).header
+        for key in ("tokenizer", "boundary"):
+            there, asked = getattr(found, key), getattr(header, key)
+            if there != asked:
+                raise UserError(
+                    f"data.sources.{name}.path={split} was prepared with {key} {there}, not {asked}:"
+                    f" set {'tokenizer' if key == 'tokenizer' else 'data.boundary'} to that, or prepare again"
+                )
+    return PreparedSource(train, beside if len(splits) > 1 else None)
 
 
 # The tokenizer
@@ -145,7 +321,7 @@ def build_tokenizer(
 def train_tokenizer(data: DataConfig, vocab_size: int, cache_dir: Path) -> Path:
     """A SentencePiece model trained on the training documents, once; the directory it is in."""
     texts = _texts(data)
-    prints = sorted(readers.input_fingerprint(source) for source in texts.values())
+    prints = sorted(readers.fingerprint(source) for source in texts.values())
     key = artefact_key(VERSION, vocab_size, LOSSLESS, SAMPLE_BYTES, data.validation_fraction, prints)
 
     def build(directory: Path) -> None:
@@ -158,7 +334,7 @@ def train_tokenizer(data: DataConfig, vocab_size: int, cache_dir: Path) -> Path:
 
 def _texts(data: DataConfig) -> dict[str, SourceConfig]:
     """The sources that are text; UserError where all are shards already."""
-    texts = {n: s for n, s in data.sources.items() if readers.resolve_format(s) != "shards"}
+    texts = {n: s for n, s in data.sources.items() if readers.resolve_format(s) not in TOKENS_ALREADY}
     if not texts:
         raise UserError(
             "tokenizer.path is null, and every source is already made of tokens: give the tokenizer"
@@ -172,207 +348,37 @@ def sample_documents(data: DataConfig) -> Iterator[Document]:
 
     Always the same documents, whatever the sources are called; a long one is cut.
     """
-    texts = sorted(_texts(data).values(), key=readers.input_fingerprint)
-    parts = [readers.inputs(source) for source in texts]
-    sizes = [_size_of(part) for part in parts]
+    texts = sorted(_texts(data).values(), key=readers.fingerprint)
+    inputs = [[piece for part in readers.parts(source) for piece in part.slices] for source in texts]
+    sizes = [_size_of(slices) for slices in inputs]
     known = [size for size in sizes if size is not None]
     typical = sum(known) // len(known) if known else SAMPLE_BYTES  # for a source whose size nobody knows
     guessed = [typical if size is None else size for size in sizes]
-    for part, size in zip(parts, guessed, strict=True):
+    for source, slices, size in zip(texts, inputs, guessed, strict=True):
         share = SAMPLE_BYTES * size // max(1, sum(guessed))
-        yield from _sample_inputs(part, share, data.validation_fraction)
+        yield from _sample_slices(source, slices, share, data)
 
 
-def _size_of(part: list[Input]) -> int | None:
-    sizes = [one.size for one in part]
+def _size_of(slices: Sequence[Slice]) -> int | None:
+    sizes = [piece.size for piece in slices]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
-def _sample_inputs(part: list[Input], share: int, validation_fraction: float) -> Iterator[Document]:
-    """The first training documents of evenly spaced inputs, together `share` bytes of text if there are."""
-    chosen = part[:: -(-len(part) // SAMPLE_INPUTS)]
+def _sample_slices(
+    source: SourceConfig, slices: Sequence[Slice], share: int, data: DataConfig
+) -> Iterator[Document]:
+    """The first training documents of evenly spaced slices, together `share` bytes of text if there are."""
+    chosen = slices[:: -(-len(slices) // SAMPLE_INPUTS)]
     left = share
-    for number, one in enumerate(chosen):
-        budget = left // (len(chosen) - number)  # what a short file leaves over goes to those after it
-        for document in one.read():
+    for number, piece in enumerate(chosen):
+        budget = left // (len(chosen) - number)  # what a short one leaves over goes to those after it
+        for record in readers.read(source, piece, data.max_document_bytes):
             if budget <= 0:
                 break
-            if not is_held_out(document.text.encode(), validation_fraction):
-                kept = document._replace(text=document.text[:budget])
+            if isinstance(record, Document) and not is_held_out(
+                record.text.encode(), data.validation_fraction
+            ):
+                kept = record._replace(text=record.text[:budget])
                 size = len(kept.text.encode())
                 budget, left = budget - size, left - size
                 yield kept
-
-
-# Documents to ids
-
-
-def is_held_out(text: bytes, fraction: float) -> bool:
-    """Whether a document is in the validation split: by its content, so that duplicates stay together."""
-    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-    return number < fraction * 2**64
-
-
-def boundary_ids(boundary: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids before and after each document; UserError where the tokenizer lacks one of them."""
-    have = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    for name, token in have.items():
-        if name in boundary and token is None:
-            possible = [policy for policy in get_args(Boundary) if _can_serve(policy, have)]
-            raise UserError(
-                f"data.boundary={boundary}: the tokenizer has no {name} id; set data.boundary to"
-                f" {' or '.join(possible)}"
-            )
-    before, after = (
-        [token] if name in boundary and token is not None else [] for name, token in have.items()
-    )
-    return before, after
-
-
-def _can_serve(boundary: str, have: Mapping[str, int | None]) -> bool:
-    return all(have[name] is not None for name in ("bos", "eos") if name in boundary)
-
-
-class _Encoder:
-    """Encodes documents into the two splits of a source and counts what becomes of each."""
-
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, directory: Path) -> None:
-        self._tokenizer, self._fraction = tokenizer, data.validation_fraction
-        self._before, self._after = (
-            np.array(ids, np.int32) for ids in boundary_ids(data.boundary, tokenizer)
-        )
-        self.writers = {
-            split: ShardWriter(
-                directory / split,
-                tokenizer=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size,
-                boundary=data.boundary,
-            )
-            for split in (TRAIN, VALIDATION)
-        }
-        self.counts: Counter[str] = Counter()
-
-    def add(self, batch: list[Document]) -> None:
-        encoded = self._tokenizer.encode_batch([document.text for document in batch])
-        for document, ids in zip(batch, encoded, strict=True):
-            content = document.text.encode()
-            self.counts["documents"] += 1
-            self.counts["text_bytes"] += len(content)
-            if len(ids):
-                self._write(document, content, ids)
-            else:
-                self.counts["empty"] += 1
-                self.counts["empty_text_bytes"] += len(content)
-
-    def _write(self, document: Document, content: bytes, ids: Ids) -> None:
-        split = VALIDATION if is_held_out(content, self._fraction) else TRAIN
-        whole = np.concatenate([self._before, ids, self._after])
-        self.counts["tokens"] += len(whole)
-        self.writers[split].add(whole, len(content), document.file, document.row)
-
-    def finish(self) -> dict[str, Any]:
-        """Write both indexes, the conservation line in the first of them; return it."""
-        validation = self.writers[VALIDATION].finish()
-        line = {key: self.counts[key] for key in ("documents", "tokens", "text_bytes", "empty")}
-        train = self.writers[TRAIN].finish(input=line)
-        for key in ("documents", "tokens", "text_bytes"):
-            lost = {
-                "documents": self.counts["empty"],
-                "text_bytes": self.counts["empty_text_bytes"],
-                "tokens": 0,
-            }
-            assert line[key] == train[key] + validation[key] + lost[key], f"{key} were lost: {line}"
-        return {**line, TRAIN: train, VALIDATION: validation}
-
-
-def _prepare_source(
-    name: str,
-    source: SourceConfig,
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    cache_dir: Path,
-    progress: Progress,
-) -> PreparedSource:
-    if readers.resolve_format(source) == "shards":
-        return _already_prepared(name, source, data, tokenizer)
-    key = artefact_key(
-        VERSION,
-        tokenizer.fingerprint,
-        data.boundary,
-        data.validation_fraction,
-        readers.input_fingerprint(source),
-    )
-    directory = make_once(
-        cache_dir.expanduser() / "shards" / key,
-        lambda aside: _encode(name, source, data, tokenizer, aside, progress),
-        f"source {name}",
-    )
-    held_out = directory / VALIDATION
-    has_validation = ShardedSource.open(held_out).documents > 0
-    return PreparedSource(directory / TRAIN, held_out if has_validation else None)
-
-
-def _encode(
-    name: str, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, aside: Path, progress: Progress
-) -> None:
-    parts = readers.inputs(source)
-    encoder = _Encoder(data, tokenizer, aside)
-    done = 0
-    with work(progress, f"prepare {name}", _size_of(parts)):
-        for one in parts:
-            for batch in batches(one.read(), BATCH_BYTES):
-                encoder.add(batch)
-                counts = encoder.counts
-                consumed = done + batch[-1].consumed
-                progress.update(consumed, counts["documents"], counts["text_bytes"], counts["tokens"])
-            done += one.size or 0
-    line = encoder.finish()
-    train, held_out = line[TRAIN], line[VALIDATION]
-    if not train["documents"]:
-        raise UserError(_nothing_to_train(name, source, line))
-    logger.info(
-        "prepared %s: %d documents = %d train + %d held out + %d empty; %d tokens = %d train + %d held out",
-        name,
-        line["documents"], train["documents"], held_out["documents"], line["empty"],
-        line["tokens"], train["tokens"], held_out["tokens"],
-    )  # fmt: skip
-
-
-def _nothing_to_train(name: str, source: SourceConfig, line: Mapping[str, Any]) -> str:
-    start = f"data.sources.{name} ({source.path}): of {line['documents']} documents"
-    if held_out := line[VALIDATION]["documents"]:
-        return f"{start} {held_out} are held out and none is left to train on: lower data.validation_fraction"
-    return f"{start} none has any text"
-
-
-def batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    """Consecutive documents, in lists of about `size` characters of text."""
-    batch: list[Document] = []
-    held = 0
-    for document in documents:
-        batch.append(document)
-        held += len(document.text)
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def _already_prepared(
-    name: str, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer
-) -> PreparedSource:
-    """A source that `llmtrain prepare` wrote elsewhere: the same tokenizer and boundary, or an error."""
-    train = Path(source.path).expanduser()
-    beside = train.resolve().parent / VALIDATION
-    splits = [train, beside] if (beside / INDEX).is_file() and beside != train.resolve() else [train]
-    for split in splits:
-        index = ShardedSource.open(split).index
-        asked = {"tokenizer": tokenizer.fingerprint, "boundary": data.boundary}
-        for key, value in asked.items():
-            if index[key] != value:
-                raise UserError(
-                    f"data.sources.{name}.path={split} was prepared with {key} {index[key]}, not {value}:"
-                    f" set {'tokenizer' if key == 'tokenizer' else 'data.boundary'} to that, or prepare again"
-                )
-    return PreparedSource(train, beside if len(splits) > 1 else None)

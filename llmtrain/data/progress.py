@@ -28,6 +28,19 @@ class Progress(Protocol):
         """The piece of work is done."""
 
 
+class SilentProgress:
+    """Nothing: another process of this machine speaks."""
+
+    def start(self, label: str, total: int | None) -> None:
+        """See Progress."""
+
+    def update(self, consumed: int, documents: int, text_bytes: int, tokens: int) -> None:
+        """See Progress."""
+
+    def finish(self) -> None:
+        """See Progress."""
+
+
 class LogProgress:
     """A log line every `seconds`, and none for work that is over sooner."""
 

@@ -6,6 +6,8 @@ import itertools
 import json
 import logging
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,26 +16,55 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmtrain.config import UserError
 from llmtrain.data import prepare as prepare_module
-from llmtrain.data.artefacts import make_once
+from llmtrain.data.artefacts import claimed, make_once
 from llmtrain.data.config import DataConfig
-from llmtrain.data.prepare import batches, is_held_out, prepare, sample_documents, train_tokenizer
+from llmtrain.data.prepare import (
+    PreparedSource,
+    parse_part,
+    prepare,
+    prepared_tokens,
+    sample_documents,
+    train_tokenizer,
+)
 from llmtrain.data.progress import LogProgress, work
-from llmtrain.data.readers import Document
+from llmtrain.data.readers import cutting
+from llmtrain.data.records import REASONS, Document
 from llmtrain.data.shards import ShardedSource
-from llmtrain.tokenizer import BytesConfig, HuggingFaceConfig, SentencePieceConfig
+from llmtrain.data.tokenizing import batches, is_held_out
+from llmtrain.tokenizer import BytesConfig, BytesTokenizer, HuggingFaceConfig, SentencePieceConfig
 
 BYTES = BytesConfig(kind="bytes")
 SENTENCEPIECE = SentencePieceConfig(kind="sentencepiece", path=None, vocab_size=400)
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "every", "good", "boy"]
 
 
+DEFAULTS: dict[str, Any] = {
+    "stages": [],
+    "skip": [],
+    "documents": "separate",
+    "boundary_targets": None,
+    "boundary": "bos_eos",
+    "packing": "cut",
+    "max_padding": 0.01,
+    "curriculum": None,
+    "shuffle_span": 1,
+    "validation_fraction": 0.2,
+    "bad_records": "quarantine",
+    "max_bad_fraction": 0.001,
+    "max_document_bytes": 2**24,
+    "preparation": "ahead",
+    "workers": None,
+    "remote_cache_gb": 1.0,
+}
+
+
 def data(sources: dict[str, Any], **keys: Any) -> DataConfig:
-    defaults = {"documents": "separate", "boundary": "bos_eos", "shuffle_span": 1, "validation_fraction": 0.2}
-    return DataConfig.model_validate({"sources": sources, **defaults, **keys})
+    return DataConfig.model_validate({"sources": sources, **DEFAULTS, **keys})
 
 
 def one(path: Path | str, **keys: Any) -> DataConfig:
@@ -52,12 +83,25 @@ def some_texts(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-def tokens_of(directory: Path | None) -> list[list[int]]:
+def identity(path: Path) -> tuple[int, int]:
+    return path.stat().st_ino, path.stat().st_mtime_ns
+
+
+def hash_of(source: PreparedSource) -> tuple[str | None, str | None]:
+    """The manifest hashes of both splits."""
+    assert isinstance(source.train, Path)
+    splits = source.train, source.train.parent / "validation"
+    train, validation = (ShardedSource.open(split).manifest_hash for split in splits)
+    return train, validation
+
+
+def tokens_of(directory: Path | str | None) -> list[list[int]]:
     if directory is None:
         return []
+    assert isinstance(directory, Path)
     source = ShardedSource.open(directory)
     found = []
-    for shard in range(len(source.lengths)):
+    for shard in range(source.shards):
         offsets = source.offsets(shard).tolist()
         found += [source.read(shard, a, b).tolist() for a, b in itertools.pairwise(offsets)]
     return found
@@ -77,7 +121,13 @@ def test_every_document_is_in_exactly_one_split(tmp_path: Path) -> None:
     index = ShardedSource.open(prepared.train).index
     tokens = sum(map(len, train + held_out))
     text_bytes = sum(len(text.encode()) for text in texts)
-    assert index["input"] == {"documents": 304, "tokens": tokens, "text_bytes": text_bytes, "empty": 2}
+    rejected = {"empty": 2}
+    expected = {"documents": 304, "tokens": tokens, "text_bytes": text_bytes, "rejected": rejected}
+    assert index["input"] == expected
+    again = prepare(one(file), BYTES, tmp_path / "cache")
+    assert again.conservation("one") == {**expected, "complete": True}
+    assert again.rejected("one") == rejected
+    assert again.quarantine("one") == []  # an empty record is no mistake, and there is nothing to keep
 
 
 def test_the_held_out_fraction(tmp_path: Path) -> None:
@@ -165,7 +215,7 @@ def test_the_sample_is_bounded_and_in_proportion(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(prepare_module, "SAMPLE_INPUTS", 4)
     (tmp_path / "many").mkdir()
     for i in range(8):
-        write_texts(tmp_path / "many" / f"{i}.jsonl", some_texts(300, i))
+        write_texts(tmp_path / "many" / f"{i}.jsonl", [f"{i} {text}" for text in some_texts(300, i)])
     (tmp_path / "long.txt").write_text("x" * 60_000)
     config = data(
         {n: {"path": str(tmp_path / n), "weight": 1.0} for n in ("many", "long.txt")}, validation_fraction=0
@@ -173,16 +223,11 @@ def test_the_sample_is_bounded_and_in_proportion(tmp_path: Path, monkeypatch: py
     sample = list(sample_documents(config))
     sizes = Counter[str]()
     for document in sample:
-        sizes[Path(document.file).name] += len(document.text)
+        sizes[document.text[0]] += len(document.text)
     assert 18_000 <= sizes.total() <= 20_000
     many = sum((tmp_path / "many" / f"{i}.jsonl").stat().st_size for i in range(8))
-    assert sizes["long.txt"] == pytest.approx(20_000 * 60_000 / (60_000 + many), abs=1)
-    assert sorted(name for name in sizes if name != "long.txt") == [
-        "0.jsonl",
-        "2.jsonl",
-        "4.jsonl",
-        "6.jsonl",
-    ]
+    assert sizes["x"] == pytest.approx(20_000 * 60_000 / (60_000 + many), abs=1)
+    assert sorted(name for name in sizes if name != "x") == ["0", "2", "4", "6"]
 
 
 def test_prepared_shards_as_a_source(tmp_path: Path) -> None:
@@ -197,7 +242,8 @@ def test_prepared_shards_as_a_source(tmp_path: Path) -> None:
         UserError, match=r"tokenizer.path is null, and every source is already made of tokens"
     ):
         prepare(one(made.train), SENTENCEPIECE, tmp_path / "cache")
-    both = data({"text": {"path": str(file), "weight": 1}, "shards": {"path": str(made.train), "weight": 1}})
+    paths = {"text": str(file), "shards": str(made.train)}
+    both = data({name: {"path": path, "weight": 1} for name, path in paths.items()})
     with pytest.raises(UserError, match=r"data.sources.shards.path=.* was prepared with tokenizer"):
         prepare(both, SENTENCEPIECE, tmp_path / "cache")
     with pytest.raises(UserError, match="not a prepared directory"):
@@ -215,16 +261,19 @@ def test_every_missing_input_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_batches_keep_order_and_size() -> None:
-    documents = [Document("x" * n, "f", n, 0) for n in (5, 5, 30, 1, 2)]
-    assert [[d.row for d in batch] for batch in batches(iter(documents), 10)] == [[5, 5], [30], [1, 2]]
+    documents = [Document("x" * n, n) for n in (5, 5, 30, 1, 2)]
+    assert [[d.position for d in batch] for batch in batches(iter(documents), 10)] == [[5, 5], [30], [1, 2]]
 
 
-def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_error_leaves_nothing_half_made(tmp_path: Path) -> None:
     file = write_texts(tmp_path / "a.jsonl", some_texts(10))
+    size = file.stat().st_size
     file.write_text(file.read_text() + "{broken\n")
-    with pytest.raises(UserError, match=r"a\.jsonl:11: malformed JSON"):
-        prepare(one(file), BYTES, tmp_path / "cache")
-    assert [path.suffix for path in (tmp_path / "cache/shards").iterdir()] == [".lock"]
+    with pytest.raises(UserError, match=rf"data.sources.one.path=.*byte {size}: malformed JSON.*quarantine"):
+        prepare(one(file, bad_records="raise"), BYTES, tmp_path / "cache")
+    (source,) = (tmp_path / "cache/shards").iterdir()
+    assert sorted(path.name for path in source.iterdir()) == [".claims", "source.json", "train", "validation"]
+    assert not [*source.glob("train/*"), *source.glob("validation/*")]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
@@ -233,12 +282,252 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
         make_once(tmp_path / "cache" / "key", lambda _: None, "nothing")
 
 
+GOOD, BAD = 10_000, 500
+
+
+def damaged_corpus(directory: Path, count: int = GOOD, bad: int = BAD) -> tuple[Path, Path, Counter[str]]:
+    """Good records with bad ones between them, the good ones alone, and how many bad there are by reason."""
+    kinds: list[tuple[str, bytes]] = [
+        ("malformed JSON", b'{"text": "cut off'),
+        ("malformed JSON", b"plain words"),
+        ("not an object", b'["text"]'),
+        ("not an object", b"17"),
+        ("duplicate key", b'{"text": "a", "text": "b"}'),
+        ("missing field", b'{"title": "a"}'),
+        ("null", b'{"text": null}'),
+        ("not text", b'{"text": 5}'),
+        ("not text", b'{"text": ["a"]}'),
+        ("not UTF-8", b'{"text": "\xff\xfe"}'),
+        ("half a surrogate pair", b'{"text": "\\ud83d"}'),
+        ("NUL", b'{"text": "a\\u0000b"}'),
+        ("empty", b'{"text": " \\n"}'),
+        ("too long", b'{"text": "' + b"x" * 3000 + b'"}'),
+    ]
+    chosen = random.Random(0)
+    lines = [(json.dumps({"text": text}).encode(), "") for text in some_texts(count)]
+    clean = b"".join(line + b"\n" for line, _ in lines)
+    for number in range(bad):
+        reason, line = kinds[number % len(kinds)]
+        lines.insert(chosen.randrange(len(lines) + 1), (line, reason))
+    (directory / "mixed.jsonl").write_bytes(b"".join(line + b"\n" for line, _ in lines))
+    (directory / "clean.jsonl").write_bytes(clean)
+    return (
+        directory / "mixed.jsonl",
+        directory / "clean.jsonl",
+        Counter(reason for _, reason in lines if reason),
+    )
+
+
+def test_bad_records_are_counted_kept_and_not_trained(tmp_path: Path) -> None:
+    mixed, clean, reasons = damaged_corpus(tmp_path)
+    keys = {"max_document_bytes": 2000, "max_bad_fraction": 0.1}
+    assert reasons.total() == BAD and set(reasons) == set(REASONS)
+    made, reference = (prepare(one(file, **keys), BYTES, tmp_path / "cache") for file in (mixed, clean))
+    assert made.rejected("one") == dict(reasons)
+    assert reference.rejected("one") == {}
+    here, there = made.sources["one"], reference.sources["one"]
+    assert tokens_of(here.train) == tokens_of(there.train) != []
+    assert tokens_of(here.validation) == tokens_of(there.validation) != []
+    came = made.conservation("one")
+    assert came is not None
+    assert came["documents"] == GOOD + BAD
+    assert came["tokens"] == sum(map(len, tokens_of(here.train) + tokens_of(here.validation)))
+    (kept,) = made.quarantine("one")
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert Counter(line["reason"] for line in lines) == reasons - Counter({"empty": reasons["empty"]})
+    content = mixed.read_bytes()
+    for line in lines:
+        assert line["file"] == str(mixed) and line["unit"] == "byte"
+        record = content[line["position"] :].split(b"\n")[0]
+        assert line["record"] == record.decode(errors="backslashreplace")
+        assert line["size"] in (len(record), len(record) + 1)
+
+
+def test_too_many_bad_records_stop_by_name(tmp_path: Path) -> None:
+    mixed, _, reasons = damaged_corpus(tmp_path)
+    pattern = (
+        rf"data.sources.one.path={mixed}: of [\d,]+ records of {mixed} that were read, \d+ are bad"
+        r" \(.*malformed JSON.*\), more than data.max_bad_fraction=0.001 allows; the first is"
+        rf" {mixed} at byte \d+: .*raise data.max_bad_fraction"
+    )
+    keys = {"max_document_bytes": 2000}
+    with pytest.raises(UserError, match=pattern):
+        prepare(one(mixed, **keys), BYTES, tmp_path / "cache")
+    lenient = prepare(one(mixed, max_bad_fraction=0.1, **keys), BYTES, tmp_path / "cache")
+    # What is in the cache now was made under another rule, which is no way around this one.
+    bad = reasons.total() - reasons["empty"]
+    with pytest.raises(UserError, match=rf"of 10,500 records of .*, {bad} are bad"):
+        prepare(one(mixed, **keys), BYTES, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"data.bad_records=raise stops here"):
+        prepare(one(mixed, bad_records="raise", max_bad_fraction=0.1, **keys), BYTES, tmp_path / "cache")
+    skipping = one(mixed, bad_records="skip", max_bad_fraction=0.1, **keys)
+    skipped = prepare(skipping, BYTES, tmp_path / "other")
+    assert skipped.rejected("one") == lenient.rejected("one")
+    assert skipped.quarantine("one") == []
+    assert hash_of(skipped.sources["one"]) == hash_of(lenient.sources["one"])
+
+
+def test_a_wrong_key_says_which_there_are(tmp_path: Path) -> None:
+    file = write_texts(tmp_path / "a.jsonl", some_texts(20))
+    config = data({"one": {"path": str(file), "weight": 1, "text_key": "body"}})
+    with pytest.raises(UserError, match=r"20 missing field.*body.*text_key.*there are: text"):
+        prepare(config, BYTES, tmp_path / "cache")
+    many = write_texts(tmp_path / "b.jsonl", some_texts(20_000))
+    config = data({"one": {"path": str(many), "weight": 1, "text_key": "body"}})
+    with pytest.raises(UserError, match=r"of 1,000 records .* were read"):  # it did not read on to the end
+        prepare(config, BYTES, tmp_path / "cache")
+
+
+def test_the_share_of_bad_records_is_that_of_the_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad line in a stretch of a hundred is none too many if the file has thousands."""
+    monkeypatch.setattr(cutting, "SMALLEST", 8000)
+    lines = [json.dumps({"text": text}) for text in some_texts(3000)]
+    lines[70] = "{"
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    assert len(cutting.parts(one(file).sources["one"])) > 20
+    prepared = prepare(one(file), BYTES, tmp_path / "cache")
+    assert prepared.rejected("one") == {"malformed JSON": 1}
+    for number in range(0, 60, 10):
+        lines[number] = "{"
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"of 3,000 records of .*, 7 are bad"):
+        prepare(one(file), BYTES, tmp_path / "cache")
+
+
+def parts_of(text: str) -> list[tuple[int, int]]:
+    return [parse_part(word) for word in text.split()]
+
+
+@pytest.mark.parametrize("order", ["1/3 2/3 3/3", "3/3 1/3 2/3"])
+def test_shares_of_several_machines_are_the_whole(
+    order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cutting, "SMALLEST", 8000)
+    file = write_texts(tmp_path / "a.jsonl", some_texts(500))
+    reference = prepare(one(file), BYTES, tmp_path / "reference")
+    parts = len(cutting.parts(one(file).sources["one"]))
+    assert parts >= 4 and reference.complete
+    for number, part in enumerate(parts_of(order)):
+        made = prepare(one(file), BYTES, tmp_path / "cache", part=part)
+        assert made.complete == (number == 2)
+        config, tokenizer = one(file), BytesTokenizer()
+        known = prepared_tokens("one", config.sources["one"], config, tokenizer, tmp_path / "cache")
+        assert known == (reference.open()[0]["one"].tokens if number == 2 else None)
+        train = made.sources["one"].train
+        assert isinstance(train, Path)
+        there = {int(path.name[-5:]) for path in train.glob("shard-*")}
+        mine = {i for i in range(parts) for share, of in parts_of(order)[: number + 1] if i % of == share - 1}
+        assert there == mine
+    assert hash_of(made.sources["one"]) == hash_of(reference.sources["one"])
+
+
+def test_a_share_that_is_none() -> None:
+    assert parse_part("3/16") == (3, 16)
+    for text in ("0/3", "4/3", "3", "a/b", "1/-2", "/", "1/0"):
+        with pytest.raises(UserError, match=rf"part={text}: give i/n"):
+            parse_part(text)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_processes_makes_the_same(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cutting, "SMALLEST", 30_000)
+    file = write_texts(tmp_path / "a.jsonl", some_texts(1000))
+    alone = prepare(one(file), SENTENCEPIECE, tmp_path / "cache", workers=1)
+    shutil.rmtree(tmp_path / "cache/shards")
+    monkeypatch.setattr(prepare_module, "SMALL", 0)
+    with caplog.at_level(logging.INFO, logger="llmtrain"):
+        together = prepare(
+            one(file), SENTENCEPIECE, tmp_path / "cache", LogProgress(seconds=0), workers=workers
+        )
+    assert hash_of(together.sources["one"]) == hash_of(alone.sources["one"])
+    assert any("1,000 documents" in line and "100% of the input" in line for line in caplog.messages)
+    assert not list(together.sources["one"].train.parent.glob(".tmp-*"))  # type: ignore[union-attr]
+
+
+def test_an_error_in_a_process_is_the_same_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cutting, "SMALLEST", 30_000)
+    mixed, _, _ = damaged_corpus(tmp_path, 1000, 300)
+    with pytest.raises(UserError) as here:
+        prepare(one(mixed, bad_records="raise"), BYTES, tmp_path / "here")
+    monkeypatch.setattr(prepare_module, "SMALL", 0)
+    with pytest.raises(UserError, match=r"data.bad_records=raise stops here") as there:
+        prepare(one(mixed, bad_records="raise"), BYTES, tmp_path / "there", workers=2)
+    assert len(here.value.lines) == len(there.value.lines) == 1
+
+
+def test_a_part_that_somebody_else_has_is_left_to_him(tmp_path: Path) -> None:
+    with claimed(tmp_path / "lock") as first:
+        with claimed(tmp_path / "lock") as second:
+            assert (first, second) == (True, False)
+        assert (tmp_path / "lock").exists()
+    assert not (tmp_path / "lock").exists()
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "lock"):
+        1 / 0  # noqa: B018
+    with claimed(tmp_path / "lock") as again:
+        assert again
+
+
+def test_documents_that_are_tokens_keep_their_ids(tmp_path: Path) -> None:
+    np.array([72, 105, 257, 72, 111, 257, 33, 257], np.uint16).tofile(tmp_path / "tokens.bin")
+    config = data(
+        {"one": {"path": str(tmp_path / "tokens.bin"), "format": "nanogpt", "weight": 1}},
+        validation_fraction=0,
+    )
+    source = prepare(config, BYTES, tmp_path / "cache").sources["one"]
+    assert tokens_of(source.train) == [[72, 105, 257], [72, 111, 257], [33, 257]]
+    assert isinstance(source.train, Path)
+    assert ShardedSource.open(source.train).text_bytes(0).tolist() == [2, 2, 1]
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from llmtrain.data.prepare import prepare
+from llmtrain.tokenizer import BytesConfig
+from tests.data.test_prepare import one
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+if __name__ == "__main__":
+    small, large, cache = map(Path, sys.argv[1:])
+    prepare(one(small, validation_fraction=0), BytesConfig(kind="bytes"), cache)
+    before = peak()
+    config = one(large, validation_fraction=0, max_bad_fraction=0.6)
+    prepared = prepare(config, BytesConfig(kind="bytes"), cache)
+    print(prepared.rejected("one"), peak() - before)
+"""
+
+
+def test_a_document_of_64_mb_takes_little_memory(tmp_path: Path) -> None:
+    good = write_texts(tmp_path / "small.jsonl", some_texts(10))
+    with (tmp_path / "large.jsonl").open("wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(64):
+            file.write(b"x" * 2**20)
+        file.write(b'"}\n' + good.read_bytes().splitlines(keepends=True)[0])
+    (tmp_path / "peak.py").write_text(PEAK)
+    command = [sys.executable, tmp_path / "peak.py", good, tmp_path / "large.jsonl", tmp_path / "cache"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    reasons, _, more = output.strip().rpartition(" ")
+    assert reasons == "{'too long': 1}"
+    assert int(more) < 32 * 2**20  # half of the line; max_document_bytes is 16 MiB
+
+
 SLOW = """
 import sys, time
 from pathlib import Path
-from llmtrain.data.config import DataConfig
+import llmtrain.data.prepare, llmtrain.data.tokenizing
 from llmtrain.data.prepare import prepare
+from llmtrain.data.readers import cutting
 from llmtrain.tokenizer import BytesTokenizer, TokenizerConfig
+from tests.data.test_prepare import one
 
 def log(word):
     with open(sys.argv[3], "a") as file:
@@ -255,12 +544,10 @@ class SlowConfig(TokenizerConfig):
         return Slow()
 
 if __name__ == "__main__":
-    import llmtrain.data.prepare
-    llmtrain.data.prepare.BATCH_BYTES = 2000
-    source = {"one": {"path": sys.argv[1], "weight": 1.0}}
-    keys = dict(documents="separate", boundary="bos_eos", shuffle_span=1, validation_fraction=0.2)
+    llmtrain.data.tokenizing.BATCH_BYTES = 2000
+    cutting.SMALLEST = 8000
     log("asks")
-    prepared = prepare(DataConfig(sources=source, **keys), SlowConfig(), Path(sys.argv[2]))
+    prepared = prepare(one(sys.argv[1]), SlowConfig(), Path(sys.argv[2]), workers=1)
     print(prepared.sources["one"].train)
 """
 
@@ -275,6 +562,7 @@ def start(slow: Path, file: Path, seconds: float) -> subprocess.Popen[str]:
     home = slow.parent
     command = [sys.executable, slow, file, home / "cache", home / "log", str(seconds)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -282,21 +570,27 @@ def batches_done(log: Path) -> int:
     return log.read_text().count("batch") if log.is_file() else 0
 
 
-def test_a_killed_preparation_is_begun_again(slow: Path, tmp_path: Path) -> None:
+def test_a_killed_preparation_goes_on_where_it_was(
+    slow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cutting, "SMALLEST", 8000)
     file = write_texts(tmp_path / "a.jsonl", some_texts(400))
-    process = start(slow, file, 0.2)
-    while batches_done(tmp_path / "log") < 4:
+    process = start(slow, file, 0.1)
+    while batches_done(tmp_path / "log") < 9:
         assert process.poll() is None
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    left = sorted(path.name for path in (tmp_path / "cache/shards").iterdir())
-    assert [name[:5] for name in left if not name.endswith(".lock")] == [".tmp-"]  # hidden, and only that
-    assert list((tmp_path / "cache/shards").glob(".tmp-*/train/shard-00000/tokens.bin"))  # it was at work
+    (source,) = (tmp_path / "cache/shards").iterdir()
+    before = {path: identity(path) for path in source.glob("*/shard-*/*")}
+    assert 0 < len(list((source / "train").iterdir())) < 5
+    assert list(source.glob(".tmp-*/train/tokens.bin"))  # it was at work
     prepared = prepare(one(file), BYTES, tmp_path / "cache").sources["one"]
+    assert {path: identity(path) for path in before} == before  # nothing was made again
     reference = prepare(one(file), BYTES, tmp_path / "untouched").sources["one"]
     assert tokens_of(prepared.train) == tokens_of(reference.train) != []
-    assert not list((tmp_path / "cache/shards").glob(".tmp-*"))
+    assert hash_of(prepared) == hash_of(reference)
+    assert not list(source.glob(".tmp-*"))
 
 
 def test_two_processes_at_once_do_the_work_once(slow: Path, tmp_path: Path) -> None:

@@ -1,0 +1,400 @@
+"""One part of a source to one shard pair: what training reads, what is held out, and what was unusable.
+
+    <source>/quarantine/shard-00017.jsonl    the unusable records, where there are some
+             validation/shard-00017/         the held-out documents
+             train/shard-00017/              all others; its presence says that the part is done
+                               input.json    what was read, file by file where it matters (a `Report`)
+
+A part is a pure function of its text: who makes it, when, and beside what others, changes no byte of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO, get_args
+
+import numpy as np
+
+from llmtrain.config import UserError
+from llmtrain.data import readers
+from llmtrain.data.artefacts import claimed, process_exists, publish
+from llmtrain.data.config import Boundary, DataConfig, SourceConfig
+from llmtrain.data.records import EMPTY, Document, Part, Record, Rejected, Slice, TokenDocument
+from llmtrain.data.shards import Header, ShardWriter, shard_path
+from llmtrain.files import sync
+from llmtrain.tokenizer.base import Ids, Tokenizer
+
+TRAIN, VALIDATION, QUARANTINE = "train", "validation", "quarantine"
+REPORT = "input.json"
+BATCH_BYTES = 1_000_000
+"""Text encoded at a time: enough to keep every core busy."""
+ALLOWANCE = 10
+"""Bad records beyond its share that a stretch of a file may have, for it is the whole file that counts."""
+HOPELESS = (1000, 10)
+"""Reading stops early where, of so many records, so many times the allowed share is bad."""
+
+Tell = Callable[[int, int, int, int], None]
+"""Told after each batch how much more there is: bytes of input, documents, bytes of text, tokens."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is held out, and what becomes of bad records."""
+
+    validation_fraction: float
+    bad_records: str
+    max_bad_fraction: float
+    max_document_bytes: int
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Rules:
+        """The rules of a config."""
+        return cls(data.validation_fraction, data.bad_records, data.max_bad_fraction, data.max_document_bytes)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One part, and everything that its shards depend on but the tokenizer itself."""
+
+    name: str
+    """The source's, for messages."""
+    source: SourceConfig
+    rules: Rules
+    header: Header
+    directory: Path
+    number: int
+    part: Part
+    cut: frozenset[str]
+    """Those of the part's files of which other parts have stretches."""
+
+    @property
+    def done(self) -> bool:
+        """Whether its shards are there."""
+        return shard_path(self.directory / TRAIN, self.number).is_dir()
+
+
+@dataclass
+class FileCount:
+    """The records of a file, or of a stretch of one, and what was wrong with some."""
+
+    file: str
+    records: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    first: str = ""
+    """The first bad one, for people."""
+
+    @property
+    def bad(self) -> int:
+        """Records that are mistakes; an empty one is none."""
+        return sum(self.rejected.values()) - self.rejected[EMPTY]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`, as JSON."""
+        return {**vars(self), "rejected": dict(self.rejected)}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> FileCount:
+        """What `as_dict` made."""
+        return cls(value["file"], value["records"], Counter(value["rejected"]), value["first"])
+
+    def add(self, other: FileCount) -> None:
+        """Another stretch of the same file."""
+        self.records += other.records
+        self.rejected.update(other.rejected)
+        self.first = self.first or other.first
+
+
+@dataclass
+class Report:
+    """What a part held: stored beside its training shard, so that rules can be held against it later."""
+
+    records: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    files: list[FileCount] = field(default_factory=list)
+    """Those with bad records, and those that other parts have stretches of."""
+
+    def save(self, path: Path) -> None:
+        """Write it to disk for good."""
+        files = [count.as_dict() for count in self.files]
+        text = json.dumps({**vars(self), "rejected": dict(self.rejected), "files": files})
+        path.write_text(text, encoding="utf-8")
+        sync(path)
+
+    @classmethod
+    def load(cls, task_directory: Path, number: int) -> Report:
+        """The report of a part that is done; UserError where it is damaged."""
+        path = shard_path(task_directory / TRAIN, number) / REPORT
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            files = [FileCount.from_dict(count) for count in value["files"]]
+            return cls(**(value | {"rejected": Counter(value["rejected"]), "files": files}))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error!r}): delete the directory {task_directory}, prepare again"
+            ) from error
+
+
+def make(task: Task, tokenizer: Tokenizer, tell: Tell) -> bool:
+    """Have the part's shards there; False where another process is at work on them.
+
+    Any number of processes may be asked for the same part. UserError for text that cannot be used.
+    """
+    if task.done:
+        return True
+    claims = task.directory / ".claims"
+    claims.mkdir(exist_ok=True)
+    with claimed(claims / f"{task.number:05d}.lock") as mine:
+        if not mine:
+            return False
+        if not task.done:
+            _make_aside(task, tokenizer, tell)
+    return True
+
+
+def _make_aside(task: Task, tokenizer: Tokenizer, tell: Tell) -> None:
+    clear_dead(task.directory, f"{task.number:05d}-")
+    aside = task.directory / f".tmp-{task.number:05d}-{socket.gethostname()}-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        _Tokenizing(task, tokenizer, aside, tell).run()
+        quarantine = aside / f"{QUARANTINE}.jsonl"
+        if quarantine.exists():
+            sync(quarantine)
+            publish(quarantine, shard_path(task.directory / QUARANTINE, task.number).with_suffix(".jsonl"))
+        for split in (VALIDATION, TRAIN):
+            publish(aside / split, shard_path(task.directory / split, task.number))
+    except OSError:
+        if not task.done:  # where locks mean nothing, the one who was first has cleared up
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_dead(directory: Path, start: str = "") -> None:
+    """Remove what processes of this machine left that are no more."""
+    here = socket.gethostname()
+    for left in directory.glob(f".tmp-{start}*"):
+        host, _, pid = left.name.removeprefix(".tmp-").partition("-")[2].rpartition("-")
+        if host == here and not process_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+class _Tokenizing:
+    """Encodes the documents of one part into its two shards and counts what becomes of each record."""
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, aside: Path, tell: Tell) -> None:
+        self._task, self._tokenizer, self._aside, self._tell = task, tokenizer, aside, tell
+        ends = boundary_ids(task.header.boundary, tokenizer)
+        self._before, self._after = (np.array(ids, np.int32) for ids in ends)
+        self._writers = {split: ShardWriter(aside / split, task.header) for split in (TRAIN, VALIDATION)}
+        self._report = Report()
+        self._quarantine: TextIO | None = None
+        self._files = ExitStack()
+
+    def run(self) -> None:
+        """Read everything and finish both shards; UserError for a file with too many bad records."""
+        with self._files:
+            for piece in self._task.part.slices:
+                self._read(piece)
+        manifests = {split: writer.finish() for split, writer in self._writers.items()}
+        report = self._report
+        for key, there in (("tokens", report.tokens), ("text_bytes", report.text_bytes)):
+            assert there == sum(manifest[key] for manifest in manifests.values()), (
+                f"{key} were lost: {report}"
+            )
+        documents = sum(manifest["documents"] for manifest in manifests.values())
+        assert report.records == documents + sum(report.rejected.values()), f"documents were lost: {report}"
+        report.save(self._aside / TRAIN / REPORT)
+        sync(self._aside / TRAIN)
+
+    def _read(self, piece: Slice) -> None:
+        for writer in self._writers.values():
+            writer.begin(piece.file, piece.unit)
+        count, told = FileCount(piece.file), 0
+        records = readers.read(
+            self._task.source,
+            piece,
+            self._task.rules.max_document_bytes,
+            eos_id=self._tokenizer.eos_id,
+            vocab_size=self._tokenizer.vocab_size,
+        )
+        for batch in batches(self._usable(records, piece, count), BATCH_BYTES):
+            documents, text_bytes, tokens = self._add(batch, piece, count)
+            consumed = max(0, min(text_bytes, (piece.size or 0) - told))  # unpacked text may be longer
+            told += consumed
+            self._tell(consumed, documents, text_bytes, tokens)
+        self._tell((piece.size or 0) - told, 0, 0, 0)
+        self._report.records += count.records
+        self._report.rejected.update(count.rejected)
+        is_cut = piece.file in self._task.cut
+        check_bad(self._task.name, self._task.source, self._task.rules, count, is_cut)
+        if is_cut or count.bad:
+            self._keep(count)
+
+    def _keep(self, count: FileCount) -> None:
+        """Remember the count; slices of a file that follow each other are one stretch of it."""
+        files = self._report.files
+        if files and files[-1].file == count.file:
+            files[-1].add(count)
+        else:
+            files.append(count)
+
+    def _usable(
+        self, records: Iterable[Record], piece: Slice, count: FileCount
+    ) -> Iterator[Document | TokenDocument]:
+        for record in records:
+            count.records += 1
+            if isinstance(record, Rejected):
+                self._reject(record, piece, count)
+            else:
+                yield record
+
+    def _reject(self, record: Rejected, piece: Slice, count: FileCount) -> None:
+        self._writers[TRAIN].reject(record.reason)
+        count.rejected[record.reason] += 1
+        if record.reason == EMPTY:
+            return  # nothing is wrong, and there is nothing to keep
+        count.first = count.first or _describe(record, piece)
+        rules = self._task.rules
+        if rules.bad_records == "quarantine":
+            self._set_aside(record, piece)
+        enough, times = HOPELESS
+        hopeless = times * rules.max_bad_fraction * count.records
+        if rules.bad_records == "raise" or (count.records >= enough and count.bad > max(times, hopeless)):
+            raise too_many_bad(self._task.name, self._task.source, rules, count)
+
+    def _set_aside(self, record: Rejected, piece: Slice) -> None:
+        if self._quarantine is None:
+            path = self._aside / f"{QUARANTINE}.jsonl"
+            self._quarantine = self._files.enter_context(path.open("w", encoding="utf-8"))
+        text = record.record.decode(errors="backslashreplace")
+        line = {"file": piece.file, "position": record.position, "unit": piece.unit}
+        line |= {"reason": record.reason, "detail": record.detail, "size": record.size, "record": text}
+        self._quarantine.write(json.dumps(line, ensure_ascii=True) + "\n")
+
+    def _add(
+        self, batch: list[Document | TokenDocument], piece: Slice, count: FileCount
+    ) -> tuple[int, int, int]:
+        """Encode documents and append them to the split they belong to: how many, bytes of text, tokens."""
+        texts = [document.text for document in batch if isinstance(document, Document)]
+        encoded = iter(self._tokenizer.encode_batch(texts) if texts else ())
+        splits: dict[str, tuple[list[Ids], list[int], list[int]]] = {s: ([], [], []) for s in self._writers}
+        tokens = text_bytes = 0
+        for document in batch:
+            if isinstance(document, Document):
+                content = document.text.encode()
+                size, body = len(content), next(encoded)
+                ids = np.concatenate((self._before, body, self._after))
+            else:
+                ids = body = np.ascontiguousarray(document.ids, "<i4")
+                content = body.tobytes()
+                size = len(self._tokenizer.decode(body.tolist()).encode())
+            if not len(body):  # visible text that the tokenizer makes nothing of
+                self._reject(Rejected(EMPTY, document.position, b"", 0), piece, count)
+                continue
+            held_out = is_held_out(content, self._task.rules.validation_fraction)
+            column = splits[VALIDATION if held_out else TRAIN]
+            for values, value in zip(column, (ids, size, document.position), strict=True):
+                values.append(value)  # type: ignore[attr-defined]
+            tokens += len(ids)
+            text_bytes += size
+        for split, (ids_of, sizes, positions) in splits.items():
+            self._writers[split].add_batch(ids_of, sizes, positions)
+        self._report.tokens += tokens
+        self._report.text_bytes += text_bytes
+        return len(batch), text_bytes, tokens
+
+
+def batches(
+    documents: Iterable[Document | TokenDocument], size: int
+) -> Iterator[list[Document | TokenDocument]]:
+    """Consecutive documents, in lists of about `size` characters of text (or a quarter as many tokens)."""
+    batch: list[Document | TokenDocument] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document.text) if isinstance(document, Document) else 4 * len(document.ids)
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def is_held_out(text: bytes, fraction: float) -> bool:
+    """Whether a document is in the validation split: by its content, so that duplicates stay together."""
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+    return number < fraction * 2**64
+
+
+def boundary_ids(boundary: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids before and after each document; UserError where the tokenizer lacks one of them."""
+    have = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    for name, token in have.items():
+        if name in boundary and token is None:
+            possible = [policy for policy in get_args(Boundary) if _can_serve(policy, have)]
+            raise UserError(
+                f"data.boundary={boundary}: the tokenizer has no {name} id; set data.boundary to"
+                f" {' or '.join(possible)}"
+            )
+    before, after = (
+        [token] if name in boundary and token is not None else [] for name, token in have.items()
+    )
+    return before, after
+
+
+def _can_serve(boundary: str, have: Mapping[str, int | None]) -> bool:
+    return all(have[name] is not None for name in ("bos", "eos") if name in boundary)
+
+
+# Bad records
+
+
+def check_bad(name: str, source: SourceConfig, rules: Rules, count: FileCount, is_cut: bool = False) -> None:
+    """UserError where more of a file's records are bad than the rules allow.
+
+    A stretch of a file (`is_cut`) is given ALLOWANCE, so that one bad line in a short rest is not held
+    against it; the whole file is looked at once all of it was read.
+    """
+    if rules.bad_records == "raise":
+        allowed = 0.0
+    else:
+        allowance = ALLOWANCE if is_cut and rules.max_bad_fraction else 0
+        allowed = rules.max_bad_fraction * count.records + allowance
+    if count.bad > allowed:
+        raise too_many_bad(name, source, rules, count)
+
+
+def too_many_bad(name: str, source: SourceConfig, rules: Rules, count: FileCount) -> UserError:
+    """The error that names the file, what is wrong with its records, and the ways out."""
+    key = f"data.sources.{name}.path={source.path}"
+    if rules.bad_records == "raise":
+        return UserError(
+            f"{key}: {count.first}; data.bad_records=raise stops here: mend the record, or set"
+            " data.bad_records to quarantine"
+        )
+    reasons = ", ".join(
+        f"{number:,} {reason}" for reason, number in count.rejected.most_common() if reason != EMPTY
+    )
+    return UserError(
+        f"{key}: of {count.records:,} records of {count.file} that were read, {count.bad:,} are bad"
+        f" ({reasons}), more than data.max_bad_fraction={rules.max_bad_fraction:g} allows; the first is"
+        f" {count.first}; check the keys of the source, mend the file, or raise data.max_bad_fraction"
+    )
+
+
+def _describe(record: Rejected, piece: Slice) -> str:
+    detail = f": {record.detail}" if record.detail else ""
+    return f"{piece.file} at {piece.unit} {record.position}: {record.reason}{detail}"
