@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 
 from llmtrain.config import UserError
+from llmtrain.tokenizer import backends
 from llmtrain.tokenizer.base import Ids, TokenizerConfig, fingerprint, refuse_control_text
 
 FILE = "tokenizer.json"
@@ -20,12 +21,20 @@ _COMMON = {
     "eos_token": ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>"),
 }
 _DETERMINES_IDS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+_ADDS_IDS = ("post_processor", "truncation", "padding")
+CHOOSE_AFTER = 2**20
+"""Characters after which `auto` looks for the fastest backend: for less it does not pay."""
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`: its own ids for text, and none that a template or special-token text would add."""
+    """A `tokenizer.json`: its own ids for text, and none that a template or special-token text would add.
 
-    def __init__(self, files: dict[str, bytes], path: Path) -> None:
+    The backend that encodes changes no id (backends.py). `auto` chooses one when there is much to encode.
+    """
+
+    def __init__(
+        self, files: dict[str, bytes], path: Path, backend: str = "auto", *, trusted: bool = False
+    ) -> None:
         self._files = files
         document = _parse(files[FILE], path)
         names = {key: _special_name(files, key, document) for key in _COMMON}
@@ -44,11 +53,23 @@ class HuggingFaceTokenizer:
         content = json.dumps({key: document.get(key) for key in _DETERMINES_IDS}, sort_keys=True)
         self.fingerprint: str = fingerprint(content.encode(), f"{self.bos_id} {self.eos_id}".encode())
         specials = [(t["content"], t["id"]) for t in document.get("added_tokens", []) if t["special"]]
+        self._document = {**document, **dict.fromkeys(_ADDS_IDS)}
+        self._choice = backends.Choice(backends.REFERENCE, self._encode_reference)
+        self._characters: int | None = None
         refuse_control_text(self, specials, path)
+        if backend == "auto":
+            self._characters = 0  # encoded so far; None where there is nothing to choose any more
+        elif trusted:
+            self._choice = backends.trust(backend, self._encode_reference, self._document)
+        else:
+            self._choice = backends.require(backend, self._encode_reference, self._document)
 
     @classmethod
-    def from_path(cls, path: Path) -> HuggingFaceTokenizer:
-        """Read a `tokenizer.json`, or a directory with one, and the files beside it that name bos and eos."""
+    def from_path(cls, path: Path, backend: str = "auto", *, trusted: bool = False) -> HuggingFaceTokenizer:
+        """Read a `tokenizer.json`, or a directory with one, and the files beside it that name bos and eos.
+
+        A backend that is `trusted` was chosen before for the same files: it is not checked again.
+        """
         file = path / FILE if path.is_dir() else path
         try:
             files = {FILE: file.read_bytes()}
@@ -57,10 +78,32 @@ class HuggingFaceTokenizer:
         for name in _SIDE_FILES:
             if (file.parent / name).is_file():
                 files[name] = (file.parent / name).read_bytes()
-        return cls(files, file)
+        return cls(files, file, backend, trusted=trusted)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer."""
+        if self._characters is not None:
+            self._characters += sum(map(len, texts))
+            if self._characters >= CHOOSE_AFTER:
+                self.choose_backend(texts)
+        return self._choice.encode(texts)
+
+    @property
+    def backend_name(self) -> str:
+        """The library that encodes now."""
+        return self._choice.name
+
+    def choose_backend(self, documents: Sequence[str] = ()) -> str:
+        """Choose now what `auto` would choose later, with some documents of the data at hand; its name.
+
+        Other processes take it over by `load_tokenizer(directory, backend=name)`.
+        """
+        if self._characters is not None:
+            self._characters = None
+            self._choice = backends.choose(self._encode_reference, self._document, documents)
+        return self._choice.name
+
+    def _encode_reference(self, texts: Sequence[str]) -> list[Ids]:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.int32) for one in encoded]
 
@@ -81,10 +124,12 @@ class HuggingFaceConfig(TokenizerConfig):
     kind: Literal["huggingface"]
     path: Path
     """A `tokenizer.json`, or a directory that holds one."""
+    backend: backends.Backend = "auto"
+    """The library that encodes; auto: the fastest of those installed whose ids are those of `tokenizers`."""
 
     def load(self) -> HuggingFaceTokenizer:
         """The tokenizer, ready for use."""
-        return HuggingFaceTokenizer.from_path(self.path.expanduser())
+        return HuggingFaceTokenizer.from_path(self.path.expanduser(), self.backend)
 
 
 def _parse(content: bytes, path: Path) -> dict[str, Any]:

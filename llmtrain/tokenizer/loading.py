@@ -9,12 +9,17 @@ from llmtrain.tokenizer import huggingface, raw_bytes, sentencepiece
 from llmtrain.tokenizer.base import Tokenizer
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer whose `save` wrote into this directory; UserError where there is none."""
+def load_tokenizer(directory: Path, backend: str | None = None) -> Tokenizer:
+    """The tokenizer whose `save` wrote into this directory; UserError where there is none.
+
+    `backend` is the `backend_name` of the same tokenizer in another process, which is taken as it is.
+    """
     if (directory / sentencepiece.FILE).is_file():
         return sentencepiece.SentencePieceTokenizer.from_file(directory / sentencepiece.FILE)
     if (directory / huggingface.FILE).is_file():
-        return huggingface.HuggingFaceTokenizer.from_path(directory)
+        return huggingface.HuggingFaceTokenizer.from_path(
+            directory, backend or "auto", trusted=backend is not None
+        )
     if (directory / raw_bytes.FILE).is_file():
         return raw_bytes.BytesTokenizer()
     names = ", ".join((sentencepiece.FILE, huggingface.FILE, raw_bytes.FILE))
