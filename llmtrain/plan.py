@@ -1,0 +1,75 @@
+"""Say what a mixture will read before it is trained: tokens, shares, epochs and what to beware of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from llmtrain.config.hydra import hydra_door
+
+if TYPE_CHECKING:
+    from llmtrain.data.plan import Plan
+    from llmtrain.training.planning import PlanConfig
+
+
+def plan_config() -> type[PlanConfig]:
+    """The class of the root config. Imported when asked for: torch comes with it, `--help` does without."""
+    from llmtrain.training.planning import PlanConfig
+
+    return PlanConfig
+
+
+def run(config: PlanConfig) -> int:
+    """Measure the sources, print the table, write plan.json and the page into the run directory."""
+    from llmtrain.distributed import World
+    from llmtrain.training.planning import measure, plan_json, plan_of, write_plan
+
+    if not World.from_environment().is_main:
+        return 0
+    sizes = measure(config)
+    plan = plan_of(config, sizes)
+    file, page = write_plan(config, plan, sizes)
+    if config.format == "json":
+        sys.stdout.write(json.dumps(plan_json(config, plan), indent=2, ensure_ascii=False) + "\n")
+        return 0
+    show(plan)
+    if config.weights != "given":
+        show_weights(config, plan)
+    sys.stdout.write(f"\n{file}\n{page}: the same with sliders, in a browser\n")
+    return 0
+
+
+def show(plan: Plan) -> None:
+    """Print the table, and below it the totals and everything that needs saying."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmtrain.training.planning import HEADINGS, remarks, rows
+
+    table = Table(title=f"{plan.run.tokens:,} tokens in {plan.run.steps:,} steps")
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in rows(plan):
+        table.add_row(*row)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    for line in remarks(plan):
+        console.print(line, markup=False)
+
+
+def show_weights(config: PlanConfig, plan: Plan) -> None:
+    """Print the helper's weights as YAML."""
+    from llmtrain.data.plan import weights_yaml
+
+    weights = {name: source.weight for name, source in plan.sources.items()}
+    sys.stdout.write(f"\n# weights={config.weights}, to be copied\n{weights_yaml(weights, config.data)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The door of `llmtrain plan` and `python -m llmtrain.plan`."""
+    return hydra_door(plan_config, run, __doc__, argv, primary="plan")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
