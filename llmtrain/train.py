@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from llmtrain.config.hydra import hydra_door
@@ -22,13 +23,21 @@ def train(config: TrainConfig) -> int:
     check_start(config, world)
     if is_done(config):
         return 0
-    prepared = prepare(config.data, tokenizer_of(config), config.cache_dir)
-    directory = open_run(config, world)
-    distributed.initialize(world)
-    run = build_run(config, world, directory, prepared)
-    begin(run)
-    fit(run)
-    code = finish(run)
+    background = config.data.prepares_in_background
+    prepared = prepare(
+        config.data,
+        tokenizer_of(config),
+        config.cache_dir,
+        background=background,
+        workers=config.data.workers,
+    )
+    with closing(prepared):
+        directory = open_run(config, world)
+        distributed.initialize(world)
+        run = build_run(config, world, directory, prepared)
+        begin(run)
+        fit(run)
+        code = finish(run)
     distributed.finalize()
     return code
 

@@ -31,6 +31,9 @@ WARM = (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # comes with the first engine, and dynamo with it
 )
 
+RECORD = "LLMTRAIN_TEST_RECORD"
+"""A directory in which each rank then records what it trains on."""
+
 
 def free_port() -> int:
     """A TCP port that nobody listens on now."""
@@ -181,6 +184,8 @@ def _fork(request: dict[str, Any]) -> int:
     try:
         from llmtrain.train import main
 
+        if directory := os.environ.get(RECORD):
+            record_batches(Path(directory) / f"rank{os.environ['RANK']}.npy")
         code = main(request["argv"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -192,6 +197,24 @@ def _fork(request: dict[str, Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def record_batches(file: Path) -> None:
+    """Append input_ids and labels [2, rows, L] of every batch that the model trains on to a file."""
+    import numpy as np
+    import torch
+
+    from llmtrain.model import Decoder
+
+    forward = Decoder.forward
+
+    def recorded(self: Decoder, input_ids: torch.Tensor, labels: Any = None, *rest: Any) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled() and labels is not None:
+            with file.open("ab") as stream:
+                np.save(stream, torch.stack([input_ids, labels]).cpu().numpy())
+        return forward(self, input_ids, labels, *rest)
+
+    Decoder.forward = recorded  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from llmtrain import distributed
 from llmtrain.config import UserError
 from llmtrain.data.config import DataConfig
 from llmtrain.data.dataset import PackedDataset
-from llmtrain.data.mixture import Weight, weights_from_epochs
+from llmtrain.data.mixture import Stage, Weight, weights_from_epochs
 from llmtrain.data.prepare import Prepared, check_inputs
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
@@ -32,6 +32,7 @@ from llmtrain.training.engine.engine import Engine, build_engine
 from llmtrain.training.loggers import Logger
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.signals import StopRequest
+from llmtrain.training.source_losses import SourceLosses
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Run:
     step: int = 0
     skipped: int = 0
     """Steps in a row that were not applied."""
+    losses: SourceLosses = field(default_factory=SourceLosses)
     loggers: Sequence[Logger] = ()
     reported: float = -math.inf
     """When the last report was written, on the monotonic clock."""
@@ -146,6 +148,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     logger.info(
         f"{parameters:,} parameters, {world.world_size} rank(s) on {device}, {precision}, ZeRO stage {stage}"
     )
+    prepared.schedule(*dataset.needs(step))
     _tell_mixture(dataset, config.max_steps)
     return Run(
         config=config,
@@ -168,10 +171,13 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
 
 def _tell_mixture(dataset: PackedDataset, steps: int) -> None:
     for name, row in dataset.ledger(steps).items():
-        logger.info(
-            f"{name}: {row['weight']:.1%} of the stream, {row['epochs']:.2f} epochs of "
-            f"{row['total_tokens']:,} tokens in {steps} steps"
-        )
+        logger.info(f"{name}: {row['weight']:.1%} of the stream, {_passes(row)} in {steps} steps")
+
+
+def _passes(row: Mapping[str, Any]) -> str:
+    if row["epochs"] is None:
+        return f"{row['tokens']:,} tokens of it (being counted)"
+    return f"{row['epochs']:.2f} epochs of {row['total_tokens']:,} tokens"
 
 
 def describe_run(
@@ -189,22 +195,36 @@ def describe_run(
 
 def build_dataset(config: TrainConfig, sources: dict[str, ShardedSource]) -> PackedDataset:
     """The packed rows of every step, from prepared sources."""
+    data, grows = config.data, config.data.curriculum
     return PackedDataset(
         sources,
-        mixture_weights(config.data, sources),
+        mixture_stages(config, sources),
         seq_len=config.seq_len,
         global_batch_size=config.global_batch_size,
         seed=config.seed,
-        documents=config.data.documents,
-        shuffle_span=config.data.shuffle_span,
+        documents=data.documents,
+        boundary_targets=data.trains_boundaries,
+        packing=data.packing,
+        max_padding=data.max_padding,
+        curriculum=(grows.from_length, grows.until_step) if grows else None,
+        shuffle_span=data.shuffle_span,
+        skip=data.skip,
     )
 
 
+def mixture_stages(config: TrainConfig, sources: Mapping[str, ShardedSource]) -> list[Stage]:
+    """The weights of the sources, and what `data.stages` makes of them, by the first window."""
+    stages = [
+        ((stage.from_step - 1) * config.global_batch_size, stage.weights) for stage in config.data.stages
+    ]
+    return [(0, mixture_weights(config.data, sources)), *stages]
+
+
 def mixture_weights(data: DataConfig, sources: Mapping[str, ShardedSource]) -> Mapping[str, Weight]:
-    """The weight of each source, as given or from its epochs."""
+    """The weight of each source, as given or from its epochs; those need sources that are complete."""
     epochs = {name: source.epochs for name, source in data.sources.items() if source.epochs is not None}
     if epochs:
-        return weights_from_epochs(epochs, {name: sources[name].tokens for name in epochs})
+        return weights_from_epochs(epochs, {name: sources[name].tokens or 0 for name in epochs})
     return {name: source.weight for name, source in data.sources.items() if source.weight is not None}
 
 

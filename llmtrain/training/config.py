@@ -68,9 +68,22 @@ class TrainConfig(Config):
                 "precision=bf16 with deepspeed=zero0: DeepSpeed takes a spurious first optimizer step there, "
                 "and the losses are wrong; use precision=bf16_autocast, or deepspeed=zero1"
             )
+        curriculum = self.data.curriculum
+        if curriculum is not None and curriculum.from_length > self.seq_len:
+            raise ValueError(
+                f"data.curriculum.from_length={curriculum.from_length} is above seq_len={self.seq_len}: "
+                "segments grow up to seq_len"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
         return self
+
+
+class PrepareConfig(TrainConfig):
+    """A run whose text is turned into shards ahead, wholly or one part of many."""
+
+    part: str
+    """`3/16`: the third of sixteen equal shares, so that as many machines can work side by side."""

@@ -24,7 +24,7 @@ import torch
 from llmtrain import distributed
 from llmtrain.config import UserError
 from llmtrain.data.batch import IGNORED, Batch
-from llmtrain.data.heldout import HeldOut, held_out_batches, unigram_counts
+from llmtrain.data.heldout import HeldOut, unigram_counts
 from llmtrain.data.mixture import Weight
 from llmtrain.data.packing import Documents
 from llmtrain.data.shards import ShardedSource
@@ -93,16 +93,14 @@ def evaluate_model(
 
     `loss(batch)` sums each row's target losses [rows] without gradient; it gets `rows` rows at a time and is
     called equally often on every rank. Sums are float64 and over all ranks, so that neither ranks nor rows
-    change the result beyond rounding. `documents` and `documents_limit` are those of `held_out_batches`.
+    change the result beyond rounding. `documents` and `documents_limit` are those of `HeldOut`.
     The unigram baseline is computed by the main rank alone and is None on the others.
     """
     if not held_out:
         raise UserError(
             "no held-out documents: data.validation_fraction was 0, or too small for so little text"
         )
-    texts = [
-        held_out_batches(source, seq_len, rows, documents_limit, documents) for source in held_out.values()
-    ]
+    texts = [HeldOut(source, seq_len, rows, documents_limit, documents) for source in held_out.values()]
     seed = None if baselines is None else baselines.seed
     sums = torch.stack([_sum_losses(loss, text, world, seed) for text in texts])
     totals = distributed.all_reduce_sum(sums).tolist()

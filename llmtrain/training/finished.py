@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from llmtrain.config import UserError, describe
 from llmtrain.data.batch import Batch
-from llmtrain.data.prepare import Prepared, prepare
+from llmtrain.data.dataset import is_same_text
+from llmtrain.data.prepare import Prepared, look, prepare
 from llmtrain.data.shards import ShardedSource
 from llmtrain.model import Decoder
 from llmtrain.tokenizer import Tokenizer, load_tokenizer
@@ -38,15 +39,27 @@ class FinishedRun:
 
         Other text is a UserError.
         """
-        paths = RunDirectory(self.path).read_json("data/prepared.json") or {}
-        prepared = Prepared.from_dict(self.tokenizer, paths)
-        if not prepared.is_there():
-            prepared = prepare(self.config.data, self.tokenizer, self.config.cache_dir)
-        train, held_out = prepared.open()
+        train, held_out = open_sources(self.path, self.config, self.tokenizer)
         for name, source in self.record["data"]["sources"].items():
-            if name in train and train[name].manifest_hash != source["manifest_hash"]:
+            if name in train and not is_same_text(train[name], source):
                 raise UserError(f"data.sources.{name}: its text is not what {self.path} was trained on")
         return train, held_out
+
+
+def open_sources(
+    path: Path, config: TrainConfig, tokenizer: Tokenizer
+) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
+    """Training and held-out text of a run: the shards it reads, or the same text prepared again.
+
+    Of a run whose text is still on its way there is what is there; asking for more waits for it.
+    """
+    directory, limit = RunDirectory(path), int(config.data.remote_cache_gb * 10**9)
+    places = directory.read_json("data/prepared.json") or {}
+    prepared = Prepared.from_dict(tokenizer, places, config.cache_dir, limit)
+    if not prepared.is_there():
+        again = look if directory.is_locked() else prepare
+        prepared = again(config.data, tokenizer, config.cache_dir)
+    return prepared.open()
 
 
 class LocalModel:

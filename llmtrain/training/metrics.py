@@ -54,14 +54,19 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def write_ledger(run: Run) -> None:
-    """data.json: the mixture as asked and as served."""
-    config = run.config
+    """data.json: the mixture as asked and as served, and what became of every document that came in."""
+    config, losses = run.config, run.losses.take(run.dataset.names)
+    sources: dict[str, dict[str, Any]] = {}
+    for name, row in run.dataset.ledger(run.step).items():
+        sources[name] = {**row, "loss": losses.get(name)}
+        if name in run.train_sources:
+            sources[name]["input"] = run.prepared.conservation(name)
     run.directory.write_json(
         "data.json",
         {
             "step": run.step,
             "seq_len": config.seq_len,
             "global_batch_size": config.global_batch_size,
-            "sources": run.dataset.ledger(run.step),
+            "sources": sources,
         },
     )

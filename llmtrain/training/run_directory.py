@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Mapping
@@ -115,6 +116,20 @@ class RunDirectory:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, json.dumps(_this_process()).encode() + b"\n", 0)
 
+    def is_locked(self) -> bool:
+        """Whether some process is at work in this directory."""
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
     def unlock(self) -> None:
         """Give the directory back; without a lock this does nothing."""
         if self._lock is not None:
@@ -179,6 +194,19 @@ class RunDirectory:
         """Write `name`, a path inside the run directory, atomically; what is not finite becomes null."""
         text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
         return write_atomically(self.path / name, text + "\n")
+
+    def keep(self, file: Path, name: str) -> None:
+        """Keep a file that does not change as `name` in the run directory, unless it is there already."""
+        place = self.path / name
+        if place.exists():
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside = place.with_name(f".{place.name}.{os.getpid()}")
+        try:
+            os.link(file, aside)
+        except OSError:  # another file system
+            shutil.copyfile(file, aside)
+        aside.replace(place)
 
     def clear_done(self) -> None:
         """Take DONE away: the run goes on."""

@@ -47,6 +47,7 @@ def _loop(run: Run, batches: Iterator[Batch]) -> None:
         run.step += 1
         run.skipped = 0 if result.applied else run.skipped + 1
         run.stop.agreed = result.stop
+        run.losses.add(result)
         due = [callback for callback in run.callbacks if callback.is_due(run)]
         if due or run.finished or run.skipped or result.stop or run.step % run.config.log_every == 0:
             line = step_metrics(run, result, lr, time.perf_counter() - began)
@@ -96,7 +97,9 @@ def begin(run: Run) -> None:
     sweep(directory.checkpoints)
     directory.write_config(run.config)
     run.tokenizer.save(directory.path / "tokenizer")
-    directory.write_json("data/prepared.json", run.prepared.as_dict())
+    before = directory.read_json("data/prepared.json") or {}
+    directory.write_json("data/prepared.json", before | run.prepared.as_dict())  # `where` knows removed ones
+    directory.write_json("data/order.json", run.dataset.state(run.step))
     directory.append_event(
         "start" if run.checkpoint is None else "resume",
         step=run.step,
@@ -127,8 +130,16 @@ def save(run: Run) -> None:
         seconds = time.perf_counter() - began
         run.directory.append_event("save", step=run.step, path=path.name, seconds=seconds)
         write_ledger(run)
+        keep_bad_records(run)
         if time.monotonic() - run.reported > REPORT_SECONDS:
             report(run)
+
+
+def keep_bad_records(run: Run) -> None:
+    """Put what preparation set aside into the run directory, as far as it has come."""
+    for name in run.prepared.sources:
+        for file in run.prepared.quarantine(name):
+            run.directory.keep(file, f"data/quarantine/{name}/{file.name}")
 
 
 def report(run: Run) -> None:

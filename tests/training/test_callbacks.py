@@ -15,7 +15,7 @@ import yaml
 from llmtrain.config import UserError
 from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import PackedDataset
-from llmtrain.data.shards import ShardedSource, ShardWriter
+from llmtrain.data.shards import Header, ShardedSource, ShardWriter, shard_path, write_index
 from llmtrain.distributed import World
 from llmtrain.model import Decoder, DecoderConfig
 from llmtrain.tokenizer import BytesConfig
@@ -65,14 +65,15 @@ class Run:
 
 
 def write_source(directory: Path, text: str, first: int, count: int) -> ShardedSource:
-    writer = ShardWriter(
-        directory, tokenizer=TOKENIZER.fingerprint, vocab_size=TOKENIZER.vocab_size, boundary="bos_eos"
-    )
+    header = Header(TOKENIZER.fingerprint, TOKENIZER.vocab_size, "bos_eos")
+    writer = ShardWriter(shard_path(directory, 0), header)
+    writer.begin("text", "row")
     for number in range(first, first + count):
         document = text.format(number)
         ids = np.array([TOKENIZER.bos_id, *TOKENIZER.encode_batch([document])[0], TOKENIZER.eos_id])
-        writer.add(ids, len(document.encode()))
+        writer.add(ids, len(document.encode()), number)
     writer.finish()
+    write_index(directory, header, 1)
     return ShardedSource.open(directory)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llmtrain.data.batch import IGNORED, Batch
-from llmtrain.data.heldout import held_out_batches
+from llmtrain.data.heldout import HeldOut
 from llmtrain.distributed import World
 from llmtrain.training.evaluation import Baselines, evaluate_model, shuffle_context
 from tests.data.array_source import ArraySource
@@ -78,7 +78,7 @@ def evaluate(
 
 def texts_of(held_out: ArraySource, limit: int | None = None) -> list[list[int]]:
     found = []
-    for shard, length in enumerate(held_out.lengths):
+    for shard, length in enumerate(held_out.lengths(np.arange(held_out.shards)).tolist()):
         tokens, offsets = held_out.read(shard, 0, length).tolist(), held_out.offsets(shard).tolist()
         found += [tokens[a:b] for a, b in pairwise(offsets)]
     return found[:limit]
@@ -152,7 +152,7 @@ def test_a_model_that_uses_its_context_loses_by_shuffling_it() -> None:
 
 
 def test_shuffling_permutes_inputs_within_each_piece_and_touches_nothing_else() -> None:
-    held_out = held_out_batches(source(7, 60), 40, 3)
+    held_out = HeldOut(source(7, 60), 40, 3)
     moved = 0
     for number in range(len(held_out)):
         batch = held_out.batch(number)
@@ -169,7 +169,7 @@ def test_shuffling_permutes_inputs_within_each_piece_and_touches_nothing_else() 
 
 def test_a_window_is_shuffled_alike_whatever_stands_beside_it() -> None:
     text = source(7, 60)
-    wide, narrow = held_out_batches(text, 16, 4), held_out_batches(text, 16, 1)
+    wide, narrow = HeldOut(text, 16, 4), HeldOut(text, 16, 1)
     together = shuffle_context(wide.batch(1), [(9, window) for window in range(4, 8)]).input_ids
     alone = [shuffle_context(narrow.batch(window), [(9, window)]).input_ids for window in range(4, 8)]
     assert torch.equal(together, torch.cat(alone))
@@ -230,7 +230,7 @@ def test_two_ranks_agree_with_one_and_make_the_same_number_of_calls(tmp_path: Pa
         scores = flat(other["result"])
         without_unigram = {key: value for key, value in expected.items() if "unigram" not in key}
         assert {key: scores[key] for key in without_unigram} == pytest.approx(without_unigram, rel=1e-6)
-    batches = [len(held_out_batches(text, SEQ_LEN, 4)) for text in HELD_OUT.values()]
+    batches = [len(HeldOut(text, SEQ_LEN, 4)) for text in HELD_OUT.values()]
     assert any(count % 2 for count in batches), "no rank would run out of batches here"
     assert [one["calls"] for one in found] == [2 * sum(-(-count // 2) for count in batches)] * 2
     assert alone.calls == 2 * sum(batches)

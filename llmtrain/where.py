@@ -1,0 +1,115 @@
+"""Say which documents were in a step, or which steps saw a document or a text.
+
+llmtrain where runs/mine step=1200              the rows of a step
+llmtrain where runs/mine step=1200 row=7        one row; loss=true adds the loss of its documents
+llmtrain where runs/mine document=web/a.jsonl:8192
+llmtrain where runs/mine text="a piece of text" the documents with it, and their steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config import UserError
+from llmtrain.config.door import plain_door
+from llmtrain.config.errors import did_you_mean
+
+KEYS = ("step", "row", "document", "text", "until", "most", "loss", "format")
+MOST = 10
+SHOWN = 300
+"""Characters of a document that the readable form shows; format=json has all of it."""
+
+
+def where(run: Path, question: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The answers, one dict a row or a document; UserError for a question that has no meaning."""
+    from llmtrain.training.finished import open_finished
+    from llmtrain.training.where import find_document, find_text, open_data, rows_at, steps_with, with_losses
+
+    asked = [key for key in ("step", "document", "text") if key in question]
+    if len(asked) != 1:
+        raise UserError(f"ask for one of step=, document= or text= (got {', '.join(asked) or 'none'})")
+    data = open_data(run)
+    if "step" in question:
+        rows = rows_at(data, number(question, "step"), number(question, "row") if "row" in question else None)
+        if question.get("loss") == "true":
+            finished = open_finished(run)
+            rows = (with_losses(data, finished, row) for row in rows)
+        yield from rows
+        return
+    until = number(question, "until") if "until" in question else data.config.max_steps
+    if "document" in question:
+        found = find_document(data, question["document"])
+    else:
+        found = find_text(data, question["text"], number(question, "most") if "most" in question else MOST)
+    yield from steps_with(data, found, until)
+
+
+def number(question: dict[str, str], key: str) -> int:
+    """The whole number that a key was given."""
+    try:
+        return int(question[key])
+    except ValueError:
+        raise UserError(f"{key}={question[key]}: must be a whole number") from None
+
+
+def parse(words: list[str]) -> dict[str, str]:
+    """`key=value` words as a dict; UserError for a key that is not known."""
+    question = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in KEYS:
+            raise UserError(f"{word}: keys are {', '.join(KEYS)}, as key=value{did_you_mean(key, KEYS)}")
+        question[key] = value
+    return question
+
+
+def show(answer: dict[str, Any]) -> str:
+    """An answer for people."""
+    if "steps" in answer:
+        at = ", ".join(f"{place['step']} (row {place['row']})" for place in answer["steps"]) or "none"
+        what = f"{_origin(answer)}, {answer['source']}, {answer['tokens']} tokens"
+        return f"{what}; steps until {answer['until_step']}: {at}"
+    place = f"{answer['source']}, pass {answer['pass']}, span {answer['span']}"
+    head = f"step {answer['step']} row {answer['row']}: {place}"
+    return "\n".join([head, *(_shown(document) for document in answer["documents"])])
+
+
+def _shown(document: dict[str, Any]) -> str:
+    part = f"tokens {document['first_token']}-{document['last_token']} of {document['tokens']}"
+    loss = "" if document.get("loss") is None else f", loss {document['loss']:.4f}"
+    text = " ".join(document["text"][:SHOWN].split())
+    return f"  {_origin(document)}, {part}{loss}\n    {text}"
+
+
+def _origin(answer: dict[str, Any]) -> str:
+    unit = "byte" if "byte" in answer else "row"
+    return f"{answer['file']} {unit} {answer[unit]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The door of `llmtrain where`."""
+    parser = argparse.ArgumentParser(
+        prog="llmtrain where", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run directory, finished or running")
+    parser.add_argument("question", nargs="+", metavar="key=value", help=f"keys: {', '.join(KEYS)}")
+    a = parser.parse_args(argv)
+
+    def answer() -> None:
+        question = parse(a.question)
+        if question.get("format", "text") not in ("text", "json"):
+            raise UserError(f"format={question['format']}: must be text or json")
+        as_json = question.get("format") == "json"
+        for one in where(a.run, question):
+            sys.stdout.write((json.dumps(one, ensure_ascii=False) if as_json else show(one)) + "\n")
+
+    return plain_door(answer)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
