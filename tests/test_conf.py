@@ -10,12 +10,20 @@ from typing import Any
 import pytest
 import yaml
 
+from llmtrain.config.base import Config
 from llmtrain.config.hydra import compose, config_directory
-from llmtrain.training.config import TrainConfig
+from llmtrain.training.config import PrepareConfig, TrainConfig
+from llmtrain.training.planning import PlanConfig
 from tests.training.test_keys import keys
 
 CONF = config_directory()
-NEEDED = {"data=files": ["data.sources.text.path=x"], "tokenizer=huggingface": ["tokenizer.path=x"]}
+NEEDED = {
+    "data=base": ["+data.sources.text.path=x", "+data.sources.text.weight=1"],
+    "data=files": ["data.sources.text.path=x"],
+    "tokenizer=huggingface": ["tokenizer.path=x"],
+}
+
+ROOTS: dict[str | None, type[Config]] = {None: TrainConfig, "prepare": PrepareConfig, "plan": PlanConfig}
 
 OPTIONS = [
     f"{path.parent.relative_to(CONF)}={path.stem}"
@@ -30,22 +38,32 @@ def leaves(value: Any, prefix: str = "") -> set[str]:
     return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{prefix}{key}.")}
 
 
-def yaml_keys() -> set[str]:
-    """Dotted keys of every file in conf/, as they stand in the composed config."""
+def yaml_keys(door: str | None) -> set[str]:
+    """Dotted keys of every file that a door composes from, as they stand in the composed config."""
     found = set()
     for path in CONF.rglob("*.yaml"):
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        values = yaml.safe_load(text)
         values.pop("defaults", None)
         group = path.relative_to(CONF).parent.as_posix()
-        prefix = "" if group in (".", "experiment") else group.replace("/", ".") + "."
-        found |= leaves(values, prefix)
+        if group == "." and path.stem not in ("config", door):
+            continue
+        is_global = group == "." or text.startswith("# @package _global_")
+        found |= leaves(values, "" if is_global else group.replace("/", ".") + ".")
     return {re.sub(r"^(data\.sources)\.[^.]+", r"\1", key) for key in found}
 
 
-def test_every_key_has_a_field_and_every_field_a_key():
-    fields = set(keys(TrainConfig))
-    assert yaml_keys() - fields == set()
-    assert fields - yaml_keys() == set()
+def test_every_file_at_the_top_is_a_door_s():
+    assert {path.stem for path in CONF.glob("*.yaml")} == {"config", *filter(None, ROOTS)}
+
+
+@pytest.mark.parametrize("door", ROOTS)
+def test_every_key_has_a_field_and_every_field_a_key(door):
+    """A key whose value is null or empty stands for the fields below it."""
+    fields, ours = set(keys(ROOTS[door])), yaml_keys(door)
+    beginnings = {field.rpartition(".")[0] for field in fields}
+    assert ours - fields - beginnings == set()
+    assert {field for field in fields - ours if field.rpartition(".")[0] not in ours} == set()
 
 
 @pytest.mark.parametrize("option", OPTIONS)

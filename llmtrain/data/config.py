@@ -166,7 +166,7 @@ class DataConfig(Config):
 
     @property
     def prepares_in_background(self) -> bool:
-        """Whether training may begin before all text is tokens; weights that follow from sizes wait for them."""
+        """Whether training may begin before all text is tokens; `epochs` need the sizes first."""
         counted = all(source.epochs is None for source in self.sources.values())
         return self.preparation == "background" and counted
 

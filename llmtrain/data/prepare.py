@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from llmtrain.config import UserError
@@ -25,7 +26,13 @@ from llmtrain.data.shards import Header, LocalShards
 from llmtrain.data.tokenizing import TRAIN, VALIDATION, boundary_ids, is_held_out, make
 from llmtrain.data.workers import NICE, Crew, Job
 from llmtrain.distributed import World, usable_cores
-from llmtrain.tokenizer import SentencePieceConfig, Tokenizer, TokenizerConfig, load_tokenizer
+from llmtrain.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceConfig,
+    Tokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+)
 from llmtrain.tokenizer.training import LOSSLESS, train_sentencepiece
 
 __all__ = [
@@ -39,6 +46,8 @@ SAMPLE_BYTES = 10_000_000
 """Text that a tokenizer is trained on: more makes it slower and hardly better at these sizes."""
 SAMPLE_INPUTS = 64
 """Slices a source is sampled from, evenly spaced."""
+SAMPLE_DOCUMENTS, SAMPLE_DOCUMENT_BYTES = 50, 100_000
+"""Documents of a source, not longer than this, on which tokenizer libraries are compared."""
 SMALL = 16 << 20
 """Bytes of input that are prepared at once, in this process: starting others would take as long."""
 TOKENS_ALREADY = ("shards", "megatron", "nanogpt")
@@ -68,8 +77,13 @@ def prepare(
     prepared = look(data, tokenizer, cache_dir)
     jobs = _missing(prepared, part)
     if jobs and background and not _is_small(jobs):
-        prepared.crew = _crew_beside(jobs, tokenizer, cache_dir, workers)
-        return prepared
+        if (saved := _saved(tokenizer, cache_dir)) is not None:
+            prepared.crew = _crew_beside(jobs, tokenizer, saved, workers)
+            return prepared
+        logger.info(
+            "data.preparation=background: other processes cannot load a %s, so everything is prepared first",
+            type(tokenizer).__name__,
+        )
     _make_all(jobs, tokenizer, cache_dir, progress, workers)
     return _without_empty(prepared)
 
@@ -176,7 +190,7 @@ def _make_all(
         if directory is None:
             _make_here(jobs, tokenizer, tell)
         else:
-            Crew(jobs, directory, workers, tell=tell).run()
+            Crew(jobs, directory, workers, backend=_backend(tokenizer, jobs), tell=tell).run()
 
 
 class _Totals:
@@ -210,22 +224,16 @@ def _make_here(jobs: list[Job], tokenizer: Tokenizer, tell: _Totals) -> None:
         preparation.finish()
 
 
-def _crew_beside(jobs: list[Job], tokenizer: Tokenizer, cache_dir: Path, workers: int | None) -> Crew | None:
+def _crew_beside(jobs: list[Job], tokenizer: Tokenizer, saved: Path, workers: int | None) -> Crew | None:
     """Processes of local rank 0 that work beside training; None on other ranks."""
     world = World.from_environment()
     if world.local_rank > 0:
         return None
     for preparation in _preparations(jobs):
         preparation.forget_failure()
-    directory = _saved(tokenizer, cache_dir)
-    if directory is None:
-        raise UserError(
-            f"data.preparation=background: the processes beside training cannot load a"
-            f" {type(tokenizer).__name__}; set data.preparation=ahead"
-        )
     workers = workers or max(1, usable_cores() - world.local_world_size)
     logger.info("tokenising %d parts in the background, %d processes", len(jobs), workers)
-    crew = Crew(jobs, directory, workers, nice=NICE, recheck=True)
+    crew = Crew(jobs, saved, workers, backend=_backend(tokenizer, jobs), nice=NICE, recheck=True)
     crew.start()
     return crew
 
@@ -243,6 +251,21 @@ def _saved(tokenizer: Tokenizer, cache_dir: Path) -> Path | None:
     except UserError:
         same = False
     return directory if same else None
+
+
+def _backend(tokenizer: Tokenizer, jobs: list[Job]) -> str | None:
+    """The library that the processes encode with, chosen once on some of their documents."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return None
+    texts: list[str] = []
+    for preparation in _preparations(jobs):
+        if readers.resolve_format(preparation.source) in TOKENS_ALREADY:
+            continue
+        piece = preparation.parts[0].slices[0]
+        records = readers.read(preparation.source, piece, SAMPLE_DOCUMENT_BYTES)
+        documents = (record.text for record in records if isinstance(record, Document))
+        texts += islice(documents, SAMPLE_DOCUMENTS)
+    return tokenizer.choose_backend(texts)
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -60,11 +60,11 @@ _ALONE = {  # a process a core: threads inside would only be in each other's way
 # In the worker
 
 
-def work(descriptor: str, parent: str, nice: str, tokenizer_directory: str) -> None:
+def work(descriptor: str, parent: str, nice: str, tokenizer_directory: str, backend: str = "") -> None:
     """Make the parts that come over a connection until it ends; the main function of a worker."""
     _die_with(int(parent))
     os.nice(int(nice))
-    tokenizer = _load_alone(Path(tokenizer_directory))
+    tokenizer = _load_alone(Path(tokenizer_directory), backend or None)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError), Connection(int(descriptor)) as connection:
         while True:
             connection.send(_answer(connection.recv(), tokenizer, connection))
@@ -99,14 +99,14 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _load_alone(directory: Path) -> Tokenizer:
+def _load_alone(directory: Path, backend: str | None) -> Tokenizer:
     """The tokenizer, with as many threads as it takes where there is one core (SentencePiece counts them)."""
     if not hasattr(os, "sched_setaffinity"):
-        return load_tokenizer(directory)
+        return load_tokenizer(directory, backend)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
-        return load_tokenizer(directory)
+        return load_tokenizer(directory, backend)
     finally:
         os.sched_setaffinity(0, cores)
 
@@ -152,6 +152,7 @@ class Crew:
         tokenizer_directory: Path,
         workers: int,
         *,
+        backend: str | None = None,
         nice: int = 0,
         tell: Tell | None = None,
         recheck: bool = False,
@@ -162,7 +163,8 @@ class Crew:
         self._open = set(self._jobs)  # not yet done
         self._elsewhere: dict[tuple[Path, int], float] = {}
         self._deaths: Counter[tuple[Path, int]] = Counter()
-        self._tokenizer_directory, self._count, self._nice = tokenizer_directory, workers, nice
+        self._tokenizer_directory, self._backend = tokenizer_directory, backend
+        self._count, self._nice = workers, nice
         self._tell: Tell = tell or (lambda *_: None)
         self._recheck = recheck
         self._workers: list[_Worker] = []
@@ -259,7 +261,7 @@ class Crew:
     def _new_worker(self) -> _Worker:
         """Started by the thread that stays until the end: a worker dies with that (see `_die_with`)."""
         ours, theirs = Pipe()
-        arguments = [theirs.fileno(), os.getpid(), self._nice, self._tokenizer_directory]
+        arguments = [theirs.fileno(), os.getpid(), self._nice, self._tokenizer_directory, self._backend or ""]
         paths = [str(Path(path).absolute()) for path in sys.path]
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", _BOOT, *map(str, arguments)],

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
 from llmtrain import __version__
 
 Values = Sequence[float | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Chart:
             x = [escape(place) if isinstance(place, str) else place for place in trace.x]
             traces.append({**vars(trace), "name": escape(trace.name), "x": x})
         return {"id": self.id, "traces": traces, "zero": self.zero, "marks": list(self.marks)}
+
+
+def number(value: T | None, form: Callable[[T], str]) -> str:
+    """A value as `form` writes it; an en dash where there is none."""
+    return "\N{EN DASH}" if value is None else form(value)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ()) -> str:
@@ -173,6 +179,10 @@ th { color: var(--soft); font-weight: 500; font-size: 0.8rem; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 td.text { white-space: normal; overflow-wrap: anywhere; }
 td.text:last-child { min-width: 14rem; }
+.sums { padding: 0.6rem 0; border-bottom: 1px solid var(--line); font-size: 0.9rem; overflow-wrap: anywhere;
+        font-variant-numeric: tabular-nums; }
+.sums:last-child { border-bottom: none; padding-bottom: 0; }
+.sums p { margin: 0.15rem 0; color: var(--soft); } .sums b { color: var(--ink); font-weight: 600; }
 tr:last-child td { border-bottom: none; }
 tr.all td { font-weight: 600; }
 .dot { display: inline-block; width: 0.65em; height: 0.65em; border-radius: 50%; margin-right: 0.5em; }

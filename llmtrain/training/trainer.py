@@ -147,8 +147,8 @@ def report(run: Run) -> None:
     run.reported = time.monotonic()
     try:
         write_report(run.directory.path)
-    except (UserError, OSError) as error:
-        logger.warning("no report: %s", error)
+    except Exception as error:  # days of training are worth more than any page
+        logger.warning("no report: %s: %s", type(error).__name__, error)
 
 
 def finish(run: Run) -> int:

@@ -149,7 +149,7 @@ def find_document(data: RunData, name: str) -> Iterator[tuple[str, int, int]]:
         found = list(_documents_of(data, file, int(place)))
     if not found:
         raise UserError(
-            f"document={name}: no training document of that file and position; it may be held out, or be a bad "
+            f"document={name}: no training document of that file and position; it may be held out, or a bad "
             f"record{did_you_mean(file or name, _some_files(data))}"
         )
     return iter(found)

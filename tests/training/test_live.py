@@ -1,0 +1,115 @@
+"""Raw text that is tokenised while the run trains on it: the run that prepared shards give, killed or not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.test_resume import records
+
+MEGABYTES = {"web": 24, "books": 17}
+"""Above what is prepared at once (16 MiB), and above a part, so that there are several."""
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    """Two sources of library code, every document once with its number, so that all differ."""
+    directory = tmp_path_factory.mktemp("raw")
+    library = [path.read_text() for path in sorted(Path(json.__file__).parent.parent.glob("*.py"))]
+    for name, megabytes in MEGABYTES.items():
+        written, number = 0, 0
+        with (directory / f"{name}.jsonl").open("w") as file:
+            while written < megabytes * 2**20:
+                text = f"# {name} {number}\n{library[number % len(library)]}"
+                written += file.write(json.dumps({"text": text}) + "\n")
+                number += 1
+    return directory
+
+
+@pytest.fixture
+def live(tiny, raw) -> list[str]:
+    kept = [word for word in tiny if not word.startswith(("+data.", "cache_dir="))]
+    sources = [
+        f"+data.sources.{name}.{key}={value}"
+        for name, weight in (("web", 0.7), ("books", 0.3))
+        for key, value in (("path", raw / f"{name}.jsonl"), ("weight", weight))
+    ]
+    return [*kept, *sources, "data.shuffle_span=64", "max_steps=30", "checkpoint.every=10"]
+
+
+def workers() -> set[int]:
+    """Processes that tokenise beside training."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"llmtrain.data.workers" in command:
+                found.add(int(entry.name))
+    return found
+
+
+def test_a_live_run_equals_one_over_prepared_shards_also_after_kill_9(ranks, live, tmp_path):
+    ahead = [*live, "data.preparation=ahead", f"cache_dir={tmp_path}/cache-a", f"output_dir={tmp_path}/ahead"]
+    ranks.run(ahead, 1, tmp_path)
+    expected = records(tmp_path / "ahead")
+    assert sorted(expected) == list(range(1, 31))
+
+    before = workers()
+    job = ranks.start([*live, f"cache_dir={tmp_path}/cache-b", f"output_dir={tmp_path}/live"], 2, tmp_path)
+    deadline = time.monotonic() + 120
+    shards = tmp_path / "cache-b/shards"
+    while not list(shards.glob("*/train/shard-*")):
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.005)
+    assert workers() - before, job.output()
+    job.kill(signal.SIGKILL)
+    job.wait()
+    deadline = time.monotonic() + 10
+    while workers() - before:
+        assert time.monotonic() < deadline, "a worker outlived its run"
+        time.sleep(0.05)
+    done = {path: path.stat().st_ino for path in shards.glob("*/train/shard-*/tokens.bin")}
+    assert len(done) < 4, "the kill came after the work"
+
+    ranks.run([*live, f"cache_dir={tmp_path}/cache-b", f"output_dir={tmp_path}/live"], 2, tmp_path)
+    assert {path: path.stat().st_ino for path in done} == done, "a shard was made again"
+    run = records(tmp_path / "live")
+    assert sorted(run) == list(range(1, 31))
+    for step, rows in run.items():
+        for loss, norm, lr in rows:  # one rank against two: sums in another order
+            assert loss == pytest.approx(expected[step][0][0], abs=1e-5)
+            assert norm == pytest.approx(expected[step][0][1], rel=1e-4)
+            assert lr == expected[step][0][2]
+    hashes = [
+        {
+            json.loads(path.read_text())["manifest_hash"]
+            for path in tmp_path.glob(f"{cache}/shards/*/train/index.json")
+        }
+        for cache in ("cache-a", "cache-b")
+    ]
+    assert len(hashes[0]) == 2
+    assert hashes[0] == hashes[1]
+
+
+def test_bad_text_found_while_training_ends_every_rank_by_name(ranks, live, raw, tmp_path):
+    lines = (raw / "web.jsonl").read_text().splitlines(keepends=True)
+    middle = len(lines) // 2
+    (tmp_path / "web.jsonl").write_text("".join([*lines[:middle], *(["{broken\n"] * 200), *lines[middle:]]))
+    options = [
+        f"data.sources.web.path={tmp_path}/web.jsonl",
+        f"cache_dir={tmp_path}/cache",
+        "max_steps=100000",
+    ]
+    live = [word for word in live if not word.startswith("+data.sources.web.path")]
+    job = ranks.start([*live, *[f"+{options[0]}"], *options[1:]], 2, tmp_path)
+    assert job.wait() == [78, 78], job.output()
+    assert "web.jsonl" in job.output()
+    assert "malformed JSON" in job.output()
+    assert "data.max_bad_fraction" in job.output()
