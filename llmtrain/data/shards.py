@@ -73,6 +73,10 @@ class Shards(Protocol):
         """Names what they are made from; known from the start."""
 
     @property
+    def directory(self) -> Path:
+        """What stands here may be written beside the shards."""
+
+    @property
     def max_open(self) -> int:
         """How many of them to keep mapped at most."""
 
@@ -224,6 +228,21 @@ class ShardedSource:
         return self._documents_table("text_bytes", shard)
 
     # Where documents come from
+
+    def remembered(self, name: str) -> NDArray[np.int64]:
+        """A number a shard, int64 [shards]: -1 where nobody has written it; kept beside the shards.
+
+        Where that directory cannot be written, or holds something else, it lives as long as this process.
+        """
+        path = self._shards.directory / f"{name}-{self.fingerprint[:16]}.int64"
+        try:
+            if not path.exists():
+                aside = path.with_name(f".{path.name}.{os.getpid()}")
+                np.full(self.shards, -1, "<i8").tofile(aside)
+                aside.replace(path)
+            return np.memmap(path, "<i8", "r+", shape=(self.shards,)).view(np.ndarray)
+        except (OSError, ValueError):
+            return np.full(self.shards, -1, np.int64)
 
     def inputs(self, shard: int) -> list[dict[str, Any]]:
         """The files behind a shard in the order of its documents, {file, unit, documents} each; waits."""

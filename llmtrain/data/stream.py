@@ -61,6 +61,12 @@ class TokenSource(Protocol):
     def offsets(self, shard: int) -> np.ndarray:
         """Where each document of a shard begins, and where the last one ends: int64 [documents + 1]."""
 
+    def remembered(self, name: str) -> np.ndarray:
+        """A number a shard that follows from the text, int64 [shards]: -1 where nobody has written it yet.
+
+        What is written into it outlives the process, where that is possible.
+        """
+
 
 class Piece(NamedTuple):
     """Consecutive tokens (in a layout: units) of one shard."""
@@ -183,24 +189,32 @@ class BestFit:
     """The windows of `best_fit.ShardPacking`, shard after shard; a pass has the same ones each time.
 
     Every token but a document's first is a label once a pass. A shard's windows are counted when the layout
-    comes to it, and are kept as long as `keep` later windows have not taken their place.
+    first comes to it, in whatever run that is; they are kept as long as `keep` later windows have not taken
+    their place.
     """
 
-    at_once, total = False, None
     stride = reach = 1
 
     def __init__(self, source: TokenSource, seq_len: int, max_padding: float, keep: int) -> None:
         self.source, self.seq_len = source, seq_len
         self._max_padding, self._keep = max_padding, keep
-        self._counts = np.full(source.shards, -1, np.int64)
+        self._counts = source.remembered(f"windows-{seq_len}-{max_padding}")
         self._packings: OrderedDict[int, ShardPacking] = OrderedDict()
         self._kept = 0
         self._lock = Lock()
 
+    @property
+    def at_once(self) -> bool:
+        return bool((self._counts >= 0).all())
+
+    @property
+    def total(self) -> int | None:
+        return int(self._counts.sum()) if self.at_once else None
+
     def sizes(self, shards: np.ndarray) -> np.ndarray:
         for shard in shards[self._counts[shards] < 0].tolist():
-            self._counts[shard] = self._packing(shard).count
-        return self._counts[shards]
+            self._packing(shard)
+        return np.array(self._counts[shards])
 
     def pieces(self, units: list[Piece]) -> list[Piece]:
         return [
@@ -233,6 +247,12 @@ class BestFit:
                 return self._packings[shard]
         packing = ShardPacking(self.source.offsets(shard), self.seq_len, self._max_padding)
         with self._lock:
+            if self._counts[shard] not in (-1, packing.count):
+                raise UserError(
+                    f"shard {shard} was counted as {self._counts[shard]} windows of {self.seq_len} and has "
+                    f"{packing.count}: remove the files windows-{self.seq_len}-* beside it"
+                )
+            self._counts[shard] = packing.count
             if shard not in self._packings:
                 self._packings[shard] = packing
                 self._kept += packing.count

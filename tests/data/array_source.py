@@ -23,6 +23,7 @@ class ArraySource:
         self.documents = sum(map(len, shards))
         self.wanted: list[list[int]] = []
         """What was hinted at, call by call."""
+        self.memory: dict[str, np.ndarray] = {}
         content = repr([list(map(list, shard)) for shard in shards]).encode()
         self.manifest_hash: str | None = hashlib.sha256(content).hexdigest()
         self.fingerprint = hashlib.sha256(b"input" + content).hexdigest()
@@ -41,6 +42,9 @@ class ArraySource:
 
     def text_bytes(self, shard: int) -> np.ndarray:
         return np.array(self._text_bytes[shard], np.int64)
+
+    def remembered(self, name: str) -> np.ndarray:
+        return self.memory.setdefault(name, np.full(self.shards, -1, np.int64))
 
 
 class GrowingSource:
@@ -74,6 +78,9 @@ class GrowingSource:
 
     def want(self, shards: Sequence[int]) -> None:
         self.wanted.append(list(shards))
+
+    def remembered(self, name: str) -> np.ndarray:
+        return np.full(self.shards, -1, np.int64)
 
     def read(self, shard: int, start: int, stop: int) -> np.ndarray:
         self._make(shard)

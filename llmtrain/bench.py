@@ -1,0 +1,71 @@
+"""Measure llmtrain beside its peers: llmtrain bench data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config.door import plain_door
+
+PARTS = ("loaders", "live", "prepare")
+
+
+def data(a: argparse.Namespace) -> None:
+    """Loaders on token files, live text, and preparation, each beside the peers that are installed."""
+    from llmtrain.benchmarks.data import Sizes, chosen, compare, loaders_table, smaller
+    from llmtrain.benchmarks.text import compare_text, text_table
+
+    sizes = smaller(Sizes(), a.smaller)
+    directory = Path(tempfile.mkdtemp(prefix="llmtrain-bench-", dir=a.directory))
+    report: dict[str, Any] = {"seconds": a.seconds, "rounds": a.rounds}
+    try:
+        if "loaders" in a.only:
+            candidates = chosen(a.loaders)
+            loaders = compare(
+                directory, seconds=a.seconds, rounds=a.rounds, sizes=sizes, candidates=candidates
+            )
+            report |= loaders
+            title = f"packed [{sizes.rows}, {sizes.seq_len}] of three sources, .5/.3/.2"
+            _say(f"\n{title}\n\n{loaders_table(loaders)}\n")
+        for part in ("live", "prepare"):
+            if part in a.only:
+                size = max(100_000, 20_000_000 // a.smaller)
+                report[part] = compare_text(part, directory / part, rounds=a.rounds, size=size)
+                _say(f"\n{text_table(part, report[part])}\n")
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    if a.output is not None:
+        a.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The door of `llmtrain bench`."""
+    parser = argparse.ArgumentParser(prog="llmtrain bench", description=__doc__)
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    one = benchmarks.add_parser("data", help="the data engine beside other loaders", description=data.__doc__)
+    one.add_argument("--seconds", type=float, default=3.0, help="of each loader's turn (default: 3)")
+    one.add_argument("--rounds", type=int, default=3, help="turns of each; medians are reported (default: 3)")
+    one.add_argument("--output", type=Path, help="a JSON file with every number that was measured")
+    one.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of it (default: all)")
+    one.add_argument(
+        "--loaders", nargs="+", metavar="WORD", help="beside ours, those with a word in their names"
+    )
+    one.add_argument("--smaller", type=int, default=1, help="read so many times less (default: 1)")
+    one.add_argument("--directory", type=Path, help="where its files are made and removed (default: TMPDIR)")
+    one.set_defaults(run=data)
+    a = parser.parse_args(argv)
+    return plain_door(lambda: a.run(a))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
