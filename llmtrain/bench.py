@@ -12,12 +12,13 @@ from typing import Any
 
 from llmtrain.config.door import plain_door
 
-PARTS = ("loaders", "live", "prepare")
+PARTS = ("loaders", "live", "prepare", "scale")
 
 
 def data(a: argparse.Namespace) -> None:
-    """Loaders on token files, live text, and preparation, each beside the peers that are installed."""
+    """Loaders, live text and preparation beside the peers that are installed, and a source of 10T tokens."""
     from llmtrain.benchmarks.data import Sizes, chosen, compare, loaders_table, smaller
+    from llmtrain.benchmarks.scale import compare_scale, scale_table
     from llmtrain.benchmarks.text import compare_text, text_table
 
     sizes = smaller(Sizes(), a.smaller)
@@ -37,6 +38,9 @@ def data(a: argparse.Namespace) -> None:
                 size = max(100_000, 20_000_000 // a.smaller)
                 report[part] = compare_text(part, directory / part, rounds=a.rounds, size=size)
                 _say(f"\n{text_table(part, report[part])}\n")
+        if "scale" in a.only:
+            report["scale"] = compare_scale(directory / "scale", 100_000 // a.smaller)
+            _say(f"\n{scale_table(report['scale'])}\n")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if a.output is not None:

@@ -24,6 +24,7 @@ from llmtrain.benchmarks.corpus import WEIGHTS, make_marked, make_text, make_tok
 from llmtrain.benchmarks.data import CANDIDATES, OURS, Candidate, Sizes, compare, loaders_table
 from llmtrain.benchmarks.loaders import NanoGPT, Ours, Tensors, largest_deviation
 from llmtrain.benchmarks.measure import FailedError, NotInstalledError, Result, Station, interleaved, rate
+from llmtrain.benchmarks.scale import compare_scale
 from llmtrain.benchmarks.text import WAYS, compare_text, text_table
 from llmtrain.config import ExitCode
 
@@ -334,3 +335,11 @@ def test_the_door_writes_every_number(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert all(name in printed for name in report["loaders"])
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]  # its own files are gone
+
+
+def test_a_hundred_gigabytes_of_shards_take_little_memory(tmp_path: Path) -> None:
+    """Rows of 500 shards of 200 MB, each read and checked: the memory of the process hardly knows of it."""
+    found = compare_scale(tmp_path / "big", 10_000)
+    assert found["shards"] == 10_000
+    assert found["sparse_shards_read_from,_GB"] == 100
+    assert 50 < found["memory_after_all_of_it,_MB"] < 700

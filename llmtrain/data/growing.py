@@ -61,6 +61,7 @@ class Preparation:
         self.fingerprint = artefact_key(self._made_from)
         self.directory = cache_dir.expanduser() / "shards" / self.fingerprint
         self._reports: dict[int, Report] = {}
+        self._documents: dict[tuple[str, int], int] = {}
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -208,6 +209,14 @@ class Preparation:
             "text_bytes": sum(report.text_bytes for report in reports),
             "rejected": dict(sum((report.rejected for report in reports), Counter[str]())),
         }
+
+    def documents(self, split: str) -> int:
+        """Documents in the shards of a split that are done."""
+        for number in self.done():
+            if (split, number) not in self._documents:
+                manifest = shard_path(self.directory / split, number) / "manifest.json"
+                self._documents[split, number] = json.loads(manifest.read_text(encoding="utf-8"))["documents"]
+        return sum(count for (name, _), count in self._documents.items() if name == split)
 
     def fail(self, error: UserError) -> None:
         """Tell everybody who waits for a shard that it will not come."""

@@ -101,16 +101,25 @@ class Prepared:
     def conservation(self, name: str) -> dict[str, Any] | None:
         """What came in of a source so far and where it went; None where shards do not say.
 
-        {documents, tokens, text_bytes, rejected: {reason: documents}, complete}, of which documents =
-        train + held out + rejected.
+        {documents, tokens, text_bytes, rejected: {reason: documents}, train, held_out, complete}: documents =
+        train + held_out + rejected, the first as they were read, the others as they stand in the shards.
         """
         source = self.sources[name]
         if source.preparation is not None and not source.preparation.complete:
-            return {**source.preparation.came(), "complete": False}
+            splits = {
+                key: source.preparation.documents(split)
+                for key, split in (("train", TRAIN), ("held_out", VALIDATION))
+            }
+            return {**source.preparation.came(), **splits, "complete": False}
         if isinstance(source.train, str):
             return None
-        came = LocalShards(source.train).index.get("input")
-        return came and {**came, "complete": True}
+        train = LocalShards(source.train).index
+        held_out = 0
+        if isinstance(source.validation, Path):
+            held_out = LocalShards(source.validation).index["documents"]
+        if "input" not in train:
+            return None
+        return {**train["input"], "train": train["documents"], "held_out": held_out, "complete": True}
 
     def quarantine(self, name: str) -> list[Path]:
         """The files with the bad records of a source, one a part that has some."""

@@ -13,6 +13,7 @@ holds is known from its manifest.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from bisect import bisect_right
@@ -45,14 +46,15 @@ from llmtrain.data.shard_format import (
     shard_path,
 )
 from llmtrain.data.shard_writer import ShardWriter, write_index
+from llmtrain.files import allow_open_files
 
 __all__ = [
     "INDEX", "Header", "LocalShards", "Origin", "ShardWriter", "ShardedSource", "Shards", "load_index",
     "shard_path", "write_index",
 ]  # fmt: skip
 
-MAX_OPEN = 256
-"""Shards a source keeps mapped; far below the usual limit of open files and maps."""
+MAX_OPEN = 128
+"""Shards a source keeps mapped, and of their tables as many: each takes a file descriptor."""
 MAX_MANIFESTS = 16
 """Manifests a source keeps parsed: those of many small files are long."""
 
@@ -135,8 +137,21 @@ class _Content(NamedTuple):
 class _OpenShard:
     """A shard's mapped tokens and, for each of its blocks, whether it has been checked."""
 
-    def __init__(self, path: Path, tokens: NDArray[Any], digests: list[str], checked: bytearray) -> None:
-        self.path, self.tokens, self.digests, self.checked = path, tokens, digests, checked
+    def __init__(
+        self,
+        path: Path,
+        tokens: NDArray[Any],
+        mapped: mmap.mmap | bytes,
+        digests: list[str],
+        checked: bytearray,
+    ) -> None:
+        self.path, self.tokens, self.mapped = path, tokens, mapped
+        self.digests, self.checked = digests, checked
+
+    def forget(self, start: int, stop: int) -> None:
+        """Count these bytes, which begin a page, no longer as memory of this process."""
+        if isinstance(self.mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapped.madvise(mmap.MADV_DONTNEED, start, min(stop, len(self.mapped)) - start)
 
 
 class ShardedSource:
@@ -147,6 +162,7 @@ class ShardedSource:
     """
 
     def __init__(self, shards: Shards) -> None:
+        allow_open_files()
         self.shards = shards.count
         self.header, self.fingerprint = shards.header, shards.fingerprint
         self._shards = shards
@@ -313,9 +329,8 @@ class ShardedSource:
             status = os.fstat(file.fileno())
             if status.st_size != expected:
                 raise damaged(path, f"has {status.st_size} bytes instead of {expected}")
-            tokens: NDArray[Any] = np.empty(0, self._dtype)
-            if expected:  # nothing cannot be mapped
-                tokens = np.memmap(file, self._dtype, "r").view(np.ndarray)
+            # Nothing cannot be mapped.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if expected else b""
         identity = status.st_ino, status.st_mtime_ns
         with self._lock:
             before = self._checked.get(shard)
@@ -323,7 +338,8 @@ class ShardedSource:
                 before = self._checked[shard] = identity, bytearray(len(digests))
             if shard not in self._open_shards:
                 _make_room(self._open_shards, self._shards.max_open)
-                self._open_shards[shard] = _OpenShard(path, tokens, digests, before[1])
+                tokens = np.frombuffer(mapped, self._dtype)
+                self._open_shards[shard] = _OpenShard(path, tokens, mapped, digests, before[1])
             return self._open_shards[shard]
 
     def _check_block(self, opened: _OpenShard, block: int) -> None:
@@ -336,6 +352,7 @@ class ShardedSource:
             outside = f"outside the vocabulary of {self.header.vocab_size}"
             raise damaged(opened.path, f"token {position} is {ids.max()}, {outside}")
         opened.checked[block] = 1
+        opened.forget(block * BLOCK, (block + 1) * BLOCK)  # all of it was read, and little is needed now
 
     def _documents_table(self, name: str, shard: int) -> NDArray[np.int64]:
         key = (name, shard)
@@ -343,7 +360,7 @@ class ShardedSource:
         if table is None:
             table = self._load_documents_table(name, shard)
             with self._lock:
-                _make_room(self._tables, 3 * self._shards.max_open)
+                _make_room(self._tables, self._shards.max_open)
                 self._tables[key] = table
         return table
 

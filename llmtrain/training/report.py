@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from llmtrain.training.loggers import short
-from llmtrain.training.report_page import Chart, Trace, page, table
+from llmtrain.training.report_mixture import QUARANTINE, mixture_section, stage_steps
+from llmtrain.training.report_page import Chart, Trace, number, page, table
 from llmtrain.training.run_directory import RunDirectory, write_atomically
 
 MOST_POINTS = 2000
@@ -99,15 +100,15 @@ class _Report:
         gain = f"bits per byte, {_change(bits, unigram)} against unigram" if unigram else "bits per byte"
         return [
             ("Steps", _steps(last.get("step", 0), self.config.get("max_steps")), ""),
-            ("Tokens trained", _number(last.get("train/tokens"), short), batch),
+            ("Tokens trained", number(last.get("train/tokens"), short), batch),
             (
                 "Training time",
-                _number(training_seconds(self.lines) or None, span),
+                number(training_seconds(self.lines) or None, span),
                 "in the steps that count",
             ),
-            ("Training loss", _number(last.get("train/loss"), "{:.4f}".format), "nats per token, last step"),
-            ("Held-out text", _number(bits, "{:.4f}".format), gain),
-            ("Throughput", _number(median(speeds) if speeds else None, short), "tokens per second, median"),
+            ("Training loss", number(last.get("train/loss"), "{:.4f}".format), "nats per token, last step"),
+            ("Held-out text", number(bits, "{:.4f}".format), gain),
+            ("Throughput", number(median(speeds) if speeds else None, short), "tokens per second, median"),
         ]
 
     def _newest(self, key: str) -> float | None:
@@ -168,31 +169,11 @@ class _Report:
         return [{"x": step, "text": " resumed"} for step in known[-MOST_MARKS:]]
 
     def _mixture(self) -> str:
-        sources = self.data.get("sources") or {}
-        if not sources:
-            return ""
-        whole = sum(entry["weight"] for entry in sources.values()) or 1
-        asked = [entry["weight"] / whole for entry in sources.values()]
-        realised = [entry["share"] for entry in sources.values()]
-        bars = [
-            Trace("asked", list(sources), [100 * share for share in asked], "soft", "bar", faint=True),
-            Trace("realised", list(sources), [100 * share for share in realised], "accent", "bar"),
-        ]
-        rows = [
-            [
-                self._dot(name),
-                f"{100 * share:.2f} %",
-                f"{100 * entry['share']:.2f} %",
-                short(entry["tokens"]),
-                f"{entry['epochs']:.3f}",
-                short(entry["total_tokens"]),
-            ]
-            for (name, entry), share in zip(sources.items(), asked, strict=True)
-        ]
-        head = ["source", "asked", "realised", "tokens served", "epochs", "tokens in source"]
-        chart = self._draw(Chart("Share of the training tokens", "percent", bars, zero=True))
-        card = f'<div class="card table">{table(head, rows)}</div>'
-        return f'<h2>Mixture</h2><div class="cards uneven">{chart}{card}</div>'
+        order: Mapping[str, Any] = self.directory.read_json("data/order.json") or {}
+        stages = stage_steps(order, (self.config.get("data") or {}).get("skip") or ())
+        quarantine = self.directory.path / QUARANTINE
+        kept = {name for name in self.sources if any((quarantine / name).glob("shard-*.jsonl"))}
+        return mixture_section(self.data, stages, order.get("packing", "cut"), kept, self._dot, self._draw)
 
     def _held_out(self) -> str:
         sources = self.heldout.get("sources") or {}
@@ -217,10 +198,10 @@ class _Report:
     def _held_out_row(self, name: str, entry: Mapping[str, Any]) -> list[str]:
         return [
             "all" if name == "all" else self._dot(name),
-            *(_number(entry.get(key), "{:.4f}".format) for key in BASELINES.values()),
+            *(number(entry.get(key), "{:.4f}".format) for key in BASELINES.values()),
             _change(entry.get("bits_per_byte"), entry.get("unigram_bits_per_byte")),
-            _number(entry.get("loss"), "{:.4f}".format),
-            _number(entry.get("bytes"), short),
+            number(entry.get("loss"), "{:.4f}".format),
+            number(entry.get("bytes"), short),
         ]
 
     def _samples(self) -> str:
@@ -409,10 +390,6 @@ def _steps(step: int, most: int | None) -> str:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def _number(value: float | None, form: Callable[[float], str]) -> str:
-    return "\N{EN DASH}" if value is None else form(value)
 
 
 def _change(value: float | None, reference: float | None) -> str:

@@ -145,6 +145,7 @@ h1 { font-size: clamp(1.6rem, 1.2rem + 2vw, 2.4rem); line-height: 1.15; margin: 
 h2 { font-size: 1.2rem; margin: 2.25rem 0 0.75rem; letter-spacing: -0.01em; }
 h3 { font-size: 1rem; margin: 0; }
 p { margin: 0.35rem 0; }
+p.soft { overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); font-size: 0.875rem; }
 .headline { display: flex; flex-wrap: wrap; gap: 0.4rem 0.9rem; align-items: center; }
 .chip { border: 1px solid currentColor; border-radius: 1rem; padding: 0.05rem 0.65rem; font-size: 0.8rem;
@@ -177,7 +178,7 @@ th, td { padding: 0.4rem 0.75rem 0.4rem 0; text-align: right; white-space: nowra
          border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; font-size: 0.8rem; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
 td.text:last-child { min-width: 14rem; }
 .sums { padding: 0.6rem 0; border-bottom: 1px solid var(--line); font-size: 0.9rem; overflow-wrap: anywhere;
         font-variant-numeric: tabular-nums; }

@@ -209,10 +209,12 @@ def test_a_rank_without_workers_only_waits(
 
 def test_closing_stops_at_once(file: Path, tmp_path: Path) -> None:
     prepared = prepare(one(file), BYTES, tmp_path / "cache", background=True, workers=2)
+    deadline = time.monotonic() + 20
+    while not (pids := [child.pid for child in psutil.Process().children()]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     source = prepared.open()[0]["one"]
     source.lengths(np.array([0]))
-    pids = [child.pid for child in psutil.Process().children()]
-    assert pids
     began = time.monotonic()
     prepared.close()
     assert time.monotonic() - began < 5

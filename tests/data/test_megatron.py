@@ -118,27 +118,6 @@ def test_what_is_written_is_the_format(
     ]
 
 
-def test_megatron_core_reads_what_we_write_and_we_what_it_writes(tmp_path: Path) -> None:
-    theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    import torch
-
-    documents = [[3, 1, 4], [1], [5, 9, 2, 6]]
-    write_megatron(Prepared([documents[:2], [], documents[2:]], 1000), tmp_path / "ours")
-    dataset = theirs.IndexedDataset(str(tmp_path / "ours"))
-    assert [dataset[i].tolist() for i in range(len(dataset))] == documents
-    assert dataset.document_indices.tolist() == [0, 1, 2, 3]
-    assert dataset.index.dtype == theirs.DType.optimal_dtype(1000)
-    for dtype in (np.uint16, np.int32, np.int64, np.uint8):
-        prefix = tmp_path / np.dtype(dtype).name
-        builder = theirs.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-        builder.add_document(torch.tensor([3, 1, 4, 1]), [3, 1])
-        builder.add_item(torch.tensor([5]))
-        builder.add_item(torch.tensor([9, 2]))
-        builder.end_document()
-        builder.finalize(f"{prefix}.idx")
-        assert lists(megatron_documents(prefix).read()) == [[3, 1, 4, 1], [5, 9, 2]]
-
-
 def damage(path: Path, at: int, new: bytes) -> None:
     data = bytearray(path.read_bytes())
     data[at : at + len(new)] = new

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtrain.benchmarks.big_source import write_big_source
 from llmtrain.config import UserError
 from llmtrain.data import shards as shards_module
 from llmtrain.data.shard_format import BLOCK, ENTRY, load_sealed, write_sealed
@@ -32,7 +33,6 @@ from llmtrain.data.shards import (
     shard_path,
     write_index,
 )
-from tests.data.big_source import write_big_source
 
 HEADER = Header("t", 1000, "eos")
 Documents = Sequence[Sequence[int]]
@@ -709,7 +709,7 @@ def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.Monk
     views = [source.read(i, 0, 2) for i in range(20)]
     assert read_back(source) == read_back(source) == contents == [[view.tolist()] for view in views]
     assert len(source._open_shards) == 3
-    assert len(source._tables) == 9  # offsets, text_bytes and origins of as many
+    assert len(source._tables) <= 3
 
 
 OPEN = """

@@ -77,7 +77,6 @@ def _load(kind: str, backend: str = "auto") -> HuggingFaceTokenizer:
 
 @cache
 def _pair(kind: str, name: str) -> tuple[HuggingFaceTokenizer, HuggingFaceTokenizer]:
-    pytest.importorskip(name)
     return _load(kind, "tokenizers"), _load(kind, name)
 
 
@@ -135,8 +134,6 @@ def test_added_tokens_that_are_not_special_keep_their_ids(name: str) -> None:
 
 
 def test_auto_takes_the_fastest_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    for name in FAST:
-        pytest.importorskip(name)
     caplog.set_level(logging.INFO)
     tokenizer = _load("gpt2")
     assert tokenizer.choose_backend(_stdlib("[m-p]*.py", 10**5)) == tokenizer.backend_name
@@ -147,7 +144,6 @@ def test_auto_takes_the_fastest_and_says_so(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_auto_chooses_when_there_is_much_to_encode(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gigatoken")
     monkeypatch.setattr(huggingface, "CHOOSE_AFTER", 10_000)
     tokenizer = _load("gpt2")
     before = tokenizer.encode_batch(["word " * 1000])[0]
@@ -157,7 +153,6 @@ def test_auto_chooses_when_there_is_much_to_encode(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_choice_is_no_part_of_the_tokenizer(tmp_path: Path) -> None:
-    pytest.importorskip("gigatoken")
     one, two = _pair("gpt2", "gigatoken")
     assert one.fingerprint == two.fingerprint == _load("gpt2").fingerprint
     two.save(tmp_path)
@@ -166,7 +161,6 @@ def test_the_choice_is_no_part_of_the_tokenizer(tmp_path: Path) -> None:
 
 
 def test_another_process_takes_the_choice_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gigatoken")
     _load("gpt2").save(tmp_path)
 
     def no_check(*_: Any) -> None:
@@ -205,7 +199,6 @@ def test_a_backend_with_other_ids_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has forgotten one merge of 2,700, the last: a token of it stands in no document, perhaps."""
-    pytest.importorskip("tiktoken")
     caplog.set_level(logging.INFO)
     real = backends._BUILD["tiktoken"]
 
@@ -264,7 +257,6 @@ def test_a_backend_that_fails_is_replaced(
 
 @pytest.mark.parametrize("kind", ["nfc", "prefix"])
 def test_what_a_backend_cannot_do_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("tiktoken")
     with pytest.raises(UserError, match=r"tokenizer.backend=tiktoken does not suit this tokenizer.json: it"):
         _load(kind, "tiktoken")
     tokenizer = _load(kind)

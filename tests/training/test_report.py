@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from llmtrain.config import UserError
 from llmtrain.training import report
 from llmtrain.training.report import MOST_POINTS, by_step, describe_model, span, spread, thin, write_report
+from llmtrain.training.report_mixture import stage_steps
 from llmtrain.training.report_page import Chart, Trace, page
 from llmtrain.training.run_directory import RunDirectory
 
 HOSTILE = "</script><script>alert('sample')</script><img src=x onerror=alert(1)> & <b>"
 SOURCES = ("code", "prose")
+DASH = "\N{EN DASH}"
 
 
 class Page(HTMLParser):
@@ -30,6 +32,11 @@ class Page(HTMLParser):
     def __init__(self, file: Path) -> None:
         super().__init__(convert_charrefs=True)
         self.text, self.tags, self.scripts, self.addresses = "", [], [], []
+        self.rows: list[list[str]] = []
+        """The cells of every row of every table."""
+        self.paragraphs: list[str] = []
+        self.chips: list[str] = []
+        self._open: list[list[str]] = []
         self._inside = ""
         self.feed(file.read_text(encoding="utf-8"))
 
@@ -38,16 +45,33 @@ class Page(HTMLParser):
         self._inside = tag if tag in ("script", "style") else self._inside
         if tag == "script":
             self.scripts.append("")
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self._open = [self.rows[-1]]
+            self.rows[-1].append("")
+        elif tag == "p":
+            self._open = [self.paragraphs]
+            self.paragraphs.append("")
+        elif tag == "span" and "chip" in (dict(attrs).get("class") or "").split():
+            self._open.append(self.chips)
+            self.chips.append("")
         self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = "" if tag == self._inside else self._inside
+        if tag in ("td", "th", "p"):
+            self._open = []
+        elif tag == "span":
+            self._open = [one for one in self._open if one is not self.chips]
 
     def handle_data(self, data: str) -> None:
         if self._inside == "script":
             self.scripts[-1] += data
         elif not self._inside:
             self.text += data
+            for target in self._open:
+                target[-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     @property
     def charts(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -200,13 +224,229 @@ def test_mixture_and_held_out_have_bars_and_tables(run: RunDirectory) -> None:
     assert {name: bar["y"][-1] for name, bar in bars.items()} == {
         "model": 1.5, "token unigram": 2.0, "context shuffled": 1.75
     }  # fmt: skip
-    assert "code75.00 %75.00 %3.07k0.30010.2k" in seen.text
+    assert ["code", "75.00 %", "75.00 %", "3.07k", "0.300", DASH, DASH, "10.2k"] in seen.rows
     assert "all1.50002.00001.7500\N{MINUS SIGN}25.0 %2.0000999" in seen.text
 
 
 def test_mfu_has_a_chart_where_it_is_known(run: RunDirectory) -> None:
     run.append_metrics({**line(1), "perf/mfu": 0.4})
     assert Page(write_report(run.path)).charts["chart-model-flops-utilisation"]["perf/mfu"]["y"] == [0.4]
+
+
+# The ledger
+
+
+def entry(**changed: Any) -> dict[str, Any]:
+    """A source as data.json has it: 1000 tokens, of which 300 are trained and 50 skipped."""
+    came = {"documents": 47, "train": 40, "held_out": 2, "tokens": 1100, "text_bytes": 4400, "complete": True,
+            "rejected": {"not JSON": 4, "empty": 1}}  # fmt: skip
+    whole = {"weight": 1, "share": 1.0, "tokens": 300, "skipped": 50, "total_tokens": 1000, "epochs": 0.3,
+             "to_come": 650, "loss": 2.25, "input": came}  # fmt: skip
+    return {**whole, **changed}
+
+
+def page_of(run: RunDirectory, sources: dict[str, Any], **order: Any) -> Page:
+    run.write_json("data.json", {"step": 100, "seq_len": 64, "global_batch_size": 8, "sources": sources})
+    if order:
+        run.write_json("data/order.json", {"global_batch_size": 8, "windows": 0, "skip": [], **order})
+    return Page(write_report(run.path))
+
+
+def added(sentence: str) -> tuple[list[int], list[int]]:
+    """The numbers left and right of the sign of equality; those in brackets or a warning do not count."""
+    left, right = re.sub(r"\(.*?\)|does not.*", "", sentence).split("=")
+    return numbers(left), numbers(right)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(one.replace(",", "")) for one in re.findall(r"\b\d[\d,]*", text)]
+
+
+def sums(seen: Page) -> list[str]:
+    return [text for text in seen.paragraphs if "=" in text and "data." not in text]
+
+
+def test_the_table_says_what_was_asked_and_what_was_served(run: RunDirectory) -> None:
+    seen = page_of(
+        run,
+        {
+            "code": entry(weight=0.75, share=0.6, tokens=1_234_567, epochs=1.23456, total_tokens=1_000_003),
+            "prose": entry(weight=0.25, share=0.4, loss=None),
+        },
+    )
+    heads = ["asked", "realised", "tokens trained", "epochs", "loss", "skipped", "tokens in source"]
+    assert seen.rows[0] == ["source", *heads]
+    assert seen.rows[1] == ["code", "75.00 %", "60.00 %", "1.23M", "1.235", "2.2500", "50", "1.00M"]
+    assert seen.rows[2] == ["prose", "25.00 %", "40.00 %", "300", "0.300", DASH, "50", "1.00k"]
+
+
+def test_everything_that_came_in_is_accounted_for(run: RunDirectory) -> None:
+    seen = page_of(run, {"code": entry()})
+    documents, tokens = sums(seen)
+    assert documents == "47 documents in = 40 to train on + 2 held out + 5 left out (4 not JSON, 1 empty)"
+    assert tokens == "1,000 tokens of the pass under way = 300 trained + 50 skipped + 650 still to come"
+    assert added(documents) == ([47], [40, 2, 5]) and added(tokens) == ([1000], [300, 50, 650])
+    assert not any("add up" in chip for chip in seen.chips)
+
+
+@pytest.mark.parametrize(
+    ("trained", "skipped", "to_come", "begun"),
+    [(0, 0, 1000, 1000), (1000, 0, 0, 1000), (950, 50, 0, 1000), (1001, 0, 999, 2000), (2990, 20, 990, 4000)],
+)
+def test_the_passes_that_have_begun_are_counted_whole(
+    run: RunDirectory, trained: int, skipped: int, to_come: int, begun: int
+) -> None:
+    source = entry(tokens=trained, skipped=skipped, to_come=to_come, epochs=trained / 1000)
+    seen = page_of(run, {"code": source})
+    sentence = sums(seen)[1]
+    passes = re.search(r"of (\d+) passes", sentence)
+    assert (int(passes[1]) if passes else 1) == begun // 1000
+    (whole, *_), terms = added(sentence)
+    assert (whole, terms) == (begun, [trained, skipped, to_come])
+    assert not any("add up" in chip for chip in seen.chips)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line", "whole", "total"),
+    [
+        ({"input": {**entry()["input"], "documents": 48}}, 0, 48, 47),
+        ({"input": {**entry()["input"], "train": 39}}, 0, 47, 46),
+        ({"input": {**entry()["input"], "rejected": {"not JSON": 7}}}, 0, 47, 49),
+        ({"to_come": 651}, 1, 1000, 1001),
+        ({"skipped": 0}, 1, 1000, 950),
+        ({"to_come": 1650}, 1, 1000, 2000),
+    ],
+)
+def test_a_sum_that_is_wrong_is_marked(
+    run: RunDirectory, changed: dict[str, Any], line: int, whole: int, total: int
+) -> None:
+    seen = page_of(run, {"prose": entry(), "code": entry(**changed)})
+    warning = f"does not add up: {total:,}"
+    assert [chip for chip in seen.chips if "add up" in chip] == [warning]
+    marked = [number for number, text in enumerate(sums(seen)) if warning in text]
+    assert marked == [2 + line], "the second source, this line"
+    left, right = added(sums(seen)[2 + line])
+    assert left == [whole] and sum(right) == total
+
+
+def test_what_is_not_known_is_a_dash_and_no_mistake(run: RunDirectory) -> None:
+    unknown = dict.fromkeys(("total_tokens", "epochs", "to_come", "loss"))
+    seen = page_of(run, {"live": entry(**unknown), "far": entry(**unknown, input=None)})
+    row = ["100.00 %", "300", DASH, DASH, "50", DASH]
+    assert seen.rows[1:3] == [["live", "50.00 %", *row], ["far", "50.00 %", *row]]
+    tokens = f"{DASH} tokens of the pass under way = 300 trained + 50 skipped + {DASH} still to come"
+    assert sums(seen)[1:] == [
+        tokens,
+        f"{DASH} documents in = {DASH} to train on + {DASH} held out + {DASH} left out",
+        tokens,
+    ]
+    assert "None" not in seen.text and "nan" not in seen.text.split()
+    assert not any("add up" in chip for chip in seen.chips)
+
+
+def test_a_sum_with_an_unknown_part_is_no_mistake(run: RunDirectory) -> None:
+    seen = page_of(run, {"code": entry(to_come=None)})
+    assert sums(seen)[1].startswith("1,000 tokens") and sums(seen)[1].endswith(f"+ {DASH} still to come")
+
+
+def test_text_that_is_still_tokenised_has_come_in_so_far(run: RunDirectory) -> None:
+    came = {"documents": 12, "train": 9, "held_out": 1, "rejected": {"not UTF-8": 2}, "complete": False}
+    seen = page_of(run, {"live": entry(input=came)})
+    assert sums(seen)[0] == "12 documents in so far = 9 to train on + 1 held out + 2 left out (2 not UTF-8)"
+
+
+def test_the_windows_of_best_fit_have_sizes_of_their_own(run: RunDirectory) -> None:
+    padded = entry(tokens=640, skipped=64, total_tokens=1000, epochs=640 / 1088, to_come=1088 - 704)
+    seen = page_of(run, {"code": padded}, packing="best_fit")
+    assert sums(seen)[1] == (
+        "1,088 places in the windows of the pass under way = 640 trained + 64 skipped + 384 still to come"
+    )
+    assert "add up" not in seen.text
+    assert "does not add up: 1,088" in page_of(run, {"code": padded}, packing="cut").text, "1000 tokens there"
+
+
+def test_bad_records_are_counted_by_reason_and_found(run: RunDirectory) -> None:
+    def came(**rejected: int) -> dict[str, Any]:
+        return {"input": {**entry()["input"], "rejected": rejected, "documents": 42 + sum(rejected.values())}}
+
+    kept = run.path / "data" / "quarantine" / "code" / "shard-00003.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps({"record": HOSTILE, "secret": "never shown"}))
+    sources = {"code": entry(**came(bad=3, worse=1200)), "prose": entry(**came(empty=9)),
+               "maths": entry(**came(bad=1)), "clean": entry(**came())}  # fmt: skip
+    seen = page_of(run, sources)
+    start = seen.rows.index(["source", "reason", "records"]) + 1
+    assert seen.rows[start : start + 4] == [
+        ["code", "worse", "1,200"], ["code", "bad", "3"], ["prose", "empty", "9"], ["maths", "bad", "1"]
+    ]  # fmt: skip
+    (hint,) = [text for text in seen.paragraphs if "quarantine" in text]
+    assert "in data/quarantine/code/." in hint and "Not kept of maths:" in hint
+    assert "data/quarantine/prose" not in hint and "data/quarantine/clean" not in hint
+    assert "never shown" not in seen.text
+
+
+def test_without_bad_records_nothing_is_said_of_them(run: RunDirectory) -> None:
+    seen = page_of(run, {"code": entry(input={**entry()["input"], "documents": 42, "rejected": {}})})
+    assert "Bad records" not in seen.text and "quarantine" not in seen.text
+    assert sums(seen)[0].endswith("+ 0 left out")
+
+
+def test_names_and_reasons_of_the_ledger_are_text(run: RunDirectory) -> None:
+    came = {**entry()["input"], "documents": 43, "rejected": {HOSTILE: 1}}
+    seen = page_of(run, {HOSTILE: entry(input=came)}, stages=[[0, {"a": 1}], [8, {HOSTILE: 1}]])
+    assert len(seen.scripts) == 3 and "img" not in seen.tags
+    assert seen.text.count(HOSTILE) >= 5, "table, sums (twice), bad records (twice), changes"
+
+
+def test_steps_at_which_the_mixture_changed_are_named(run: RunDirectory) -> None:
+    first, second, third = {"a": 3, "b": 1}, {"a": 1, "c": 7}, {"c": 2}
+    # Steps of 8 rows: window 79 is in step 10, window 80 opens step 11, window 800 step 101.
+    stages = [[0, first], [80, second], [800, third], [8000, first]]
+    seen = page_of(run, {"a": entry()}, stages=stages)
+    (line,) = [text for text in seen.paragraphs if "mixture" in text.lower()]
+    assert line == (
+        "After step 100. The mixture changed at step 11 (a 12.5 %, c 87.5 %)."
+        " It will change at step 101 (c 100 %)."
+    )
+    assert seen.rows[0][1] == "asked now"
+    assert page_of(run, {"a": entry()}, stages=stages[:1]).rows[0][1] == "asked"
+
+
+def test_a_mixture_has_changed_with_the_first_step_that_trains_it(run: RunDirectory) -> None:
+    changed = page_of(run, {"a": entry()}, stages=[[0, {"a": 1}], [8 * 99, {"b": 1}]])
+    assert "The mixture changed at step 100 (b 100 %)" in changed.text and changed.rows[0][1] == "asked now"
+    later = page_of(run, {"a": entry()}, stages=[[0, {"a": 1}], [8 * 100, {"b": 1}]])
+    assert "It will change at step 101 (b 100 %)" in later.text and later.rows[0][1] == "asked"
+
+
+def test_of_many_changes_the_newest_are_named(run: RunDirectory) -> None:
+    stages = [[8 * step, {"a": 1 + step, "b": 1}] for step in range(30)]
+    text = page_of(run, {"a": entry()}, stages=stages).text
+    shown = [int(step) for step in re.findall(r"step (\d+) \(a ", text)]
+    assert shown == list(range(19, 31)) and "the newest 12 of 29 times" in text
+
+
+@given(
+    st.integers(1, 4),
+    st.lists(st.integers(1, 25), unique=True, max_size=12),
+    st.integers(0, 20),
+    st.integers(1, 120),
+)
+def test_a_stage_begins_at_the_first_step_that_trains_one_of_its_windows(
+    rows: int, left_out: list[int], done: int, window: int
+) -> None:
+    # By counting: the steps of the order that are trained, numbered anew.
+    trained = [place for place in range(1, 200) if place not in left_out]
+    expected = 1 + next(n for n, place in enumerate(trained) if place * rows > window)
+    past = [[place, place] for place in sorted(left_out) if place <= done]
+    ahead = [[place, place] for place in sorted(left_out) if place > done]
+    order = {"global_batch_size": rows, "windows": done * rows, "skip": past,
+             "stages": [[0, {"a": 1}], [window, {"b": 1}]]}  # fmt: skip
+    assert stage_steps(order, ahead)[1] == (expected, {"b": 1})
+    if done:
+        behind = [1, done + 1 if done + 1 in left_out else done]
+        rest = [stretch for stretch in ahead if stretch[0] > behind[1]]
+        assert stage_steps(order, [behind, *rest])[1] == (expected, {"b": 1}), "what is trained stays trained"
 
 
 # Runs that are not whole
