@@ -20,7 +20,8 @@ from llmtrain.config import UserError
 from llmtrain.data.batch import Batch
 from llmtrain.data.mixture import Mixture, Stage, Weight, continue_stages
 from llmtrain.data.packing import Documents, Row, pack
-from llmtrain.data.stream import BestFit, Cut, Cutting, Stream, TokenSource
+from llmtrain.data.stream import Stream
+from llmtrain.data.windows import BestFit, Cut, Cutting, TokenSource
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from llmtrain.data.batch import Batch
 from llmtrain.data.packing import Documents, Row, pack
-from llmtrain.data.stream import Layout, TokenSource
+from llmtrain.data.stream import Layout
+from llmtrain.data.windows import TokenSource
 
 CHUNK = 1 << 20
 """Tokens that are counted at once."""

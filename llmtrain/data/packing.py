@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from llmtrain.data.batch import IGNORED, Batch
-from llmtrain.data.stream import Piece, TokenSource
+from llmtrain.data.windows import Piece, TokenSource
 
 Documents = Literal["separate", "attend"]
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from llmtrain.data.dataset import PackedDataset
-from llmtrain.data.stream import Piece, TokenSource
+from llmtrain.data.windows import Piece, TokenSource
 
 
 class DocumentSpan(NamedTuple):

@@ -13,69 +13,16 @@ laid out as far as the windows that are served, and what follows from its size w
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from llmtrain.config import UserError
-from llmtrain.data.best_fit import ShardPacking
 from llmtrain.data.permutation import Permutation
-
-
-class TokenSource(Protocol):
-    """Tokens in shards, which may still be on their way; a shard begins with the beginning of a document."""
-
-    @property
-    def shards(self) -> int:
-        """How many there are, known from the start; some may be empty."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether the lengths of all shards are known."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Names input, tokenizer and boundary, known from the start: equal fingerprints, equal tokens."""
-
-    @property
-    def manifest_hash(self) -> str | None:
-        """Names the content: equal hashes, equal tokens. None until complete."""
-
-    @property
-    def tokens(self) -> int | None:
-        """Tokens in all shards; None until complete."""
-
-    def lengths(self, shards: np.ndarray) -> np.ndarray:
-        """Tokens of these shards, int64 [len(shards)]; waits until they are known."""
-
-    def want(self, shards: Sequence[int]) -> None:
-        """These are needed soon, in this order: a hint, which returns at once."""
-
-    def read(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """The ids start .. stop - 1 of a shard; waits until it is there."""
-
-    def offsets(self, shard: int) -> np.ndarray:
-        """Where each document of a shard begins, and where the last one ends: int64 [documents + 1]."""
-
-    def remembered(self, name: str) -> np.ndarray:
-        """A number a shard that follows from the text, int64 [shards]: -1 where nobody has written it yet.
-
-        What is written into it outlives the process, where that is possible.
-        """
-
-
-class Piece(NamedTuple):
-    """Consecutive tokens (in a layout: units) of one shard."""
-
-    epoch: int
-    """The pass they are read in, from 0."""
-    shard: int
-    start: int
-    stop: int
+from llmtrain.data.windows import Cutting, Piece
 
 
 class Place(NamedTuple):
@@ -127,138 +74,6 @@ class Layout:
             start = begin = end
             place += 1
         return pieces
-
-
-class Cutting(Protocol):
-    """What a source's windows are made of."""
-
-    source: TokenSource
-    seq_len: int
-    stride: int
-    """Units from one window to the next."""
-    reach: int
-    """Units in a window."""
-
-    @property
-    def at_once(self) -> bool:
-        """Whether the sizes of all shards are known without waiting or counting."""
-
-    @property
-    def total(self) -> int | None:
-        """Units of a pass, where that is known without waiting or counting."""
-
-    def sizes(self, shards: np.ndarray) -> np.ndarray:
-        """Units of these shards: int64 [len(shards)]."""
-
-    def pieces(self, units: list[Piece]) -> list[Piece]:
-        """The tokens of a window, from its units."""
-
-    def homes(self, shard: int, start: int, stop: int) -> list[range]:
-        """The units of a shard in which its tokens start .. stop - 1 are at home: each token in one."""
-
-
-class Cut:
-    """The stream of tokens, cut every L tokens: window w holds the tokens wL .. wL + L, the last L as labels.
-
-    After e passes each token was a label e times or, at most L - 1 of them, once more.
-    """
-
-    def __init__(self, source: TokenSource, seq_len: int) -> None:
-        self.source, self.seq_len = source, seq_len
-        self.stride, self.reach = seq_len, seq_len + 1
-
-    @property
-    def at_once(self) -> bool:
-        return self.source.complete
-
-    @property
-    def total(self) -> int | None:
-        return self.source.tokens if self.source.complete else None
-
-    def sizes(self, shards: np.ndarray) -> np.ndarray:
-        return self.source.lengths(shards)
-
-    def pieces(self, units: list[Piece]) -> list[Piece]:
-        return units
-
-    def homes(self, shard: int, start: int, stop: int) -> list[range]:
-        return [range(start, stop)]
-
-
-class BestFit:
-    """The windows of `best_fit.ShardPacking`, shard after shard; a pass has the same ones each time.
-
-    Every token but a document's first is a label once a pass. A shard's windows are counted when the layout
-    first comes to it, in whatever run that is; they are kept as long as `keep` later windows have not taken
-    their place.
-    """
-
-    stride = reach = 1
-
-    def __init__(self, source: TokenSource, seq_len: int, max_padding: float, keep: int) -> None:
-        self.source, self.seq_len = source, seq_len
-        self._max_padding, self._keep = max_padding, keep
-        self._counts = source.remembered(f"windows-{seq_len}-{max_padding}")
-        self._packings: OrderedDict[int, ShardPacking] = OrderedDict()
-        self._kept = 0
-        self._lock = Lock()
-
-    @property
-    def at_once(self) -> bool:
-        return bool((self._counts >= 0).all())
-
-    @property
-    def total(self) -> int | None:
-        return int(self._counts.sum()) if self.at_once else None
-
-    def sizes(self, shards: np.ndarray) -> np.ndarray:
-        for shard in shards[self._counts[shards] < 0].tolist():
-            self._packing(shard)
-        return np.array(self._counts[shards])
-
-    def pieces(self, units: list[Piece]) -> list[Piece]:
-        return [
-            Piece(epoch, shard, start, stop)
-            for epoch, shard, first, last in units
-            for index in range(first, last)
-            for start, stop in self._packing(shard).window(index)
-        ]
-
-    def homes(self, shard: int, start: int, stop: int) -> list[range]:
-        packing, offsets = self._packing(shard), self.source.offsets(shard)
-
-        def at_home(first: int, last: int) -> bool:
-            if first >= stop or last <= start:
-                return False
-            # A piece that goes on with a document begins with a token that is at home in another window.
-            first += int(offsets[offsets.searchsorted(first)] != first)
-            return max(first, start) < min(last, stop)
-
-        return [
-            range(index, index + 1)
-            for index in range(packing.count)
-            if any(at_home(first, last) for first, last in packing.window(index))
-        ]
-
-    def _packing(self, shard: int) -> ShardPacking:
-        with self._lock:
-            if shard in self._packings:
-                self._packings.move_to_end(shard)
-                return self._packings[shard]
-        packing = ShardPacking(self.source.offsets(shard), self.seq_len, self._max_padding)
-        with self._lock:
-            if self._counts[shard] not in (-1, packing.count):
-                raise UserError(
-                    f"shard {shard} was counted as {self._counts[shard]} windows of {self.seq_len} and has "
-                    f"{packing.count}: remove the files windows-{self.seq_len}-* beside it"
-                )
-            self._counts[shard] = packing.count
-            if shard not in self._packings:
-                self._packings[shard] = packing
-                self._kept += packing.count
-            while self._kept - next(iter(self._packings.values())).count > self._keep:
-                self._kept -= self._packings.popitem(last=False)[1].count
-            return packing
 
 
 class Stream:

@@ -28,6 +28,7 @@ def step_metrics(run: Run, result: StepResult, lr: float, seconds: float) -> dic
     for name, mean in zip(run.dataset.names, (losses / targets).tolist(), strict=True):
         line[f"train/loss/{name}"] = mean
     for name, row in run.dataset.ledger(run.step).items():  # sources of earlier mixtures included
+        line[f"data/tokens/{name}"] = row["tokens"]
         line[f"data/share/{name}"] = row["share"]
         line[f"data/epochs/{name}"] = row["epochs"]
     line["perf/tokens_per_second"] = tokens / seconds

@@ -23,7 +23,7 @@ from llmtrain.data.heldout import HeldOut
 from llmtrain.data.shard_format import Header, shard_path
 from llmtrain.data.shard_writer import ShardWriter, write_index
 from llmtrain.data.shards import ShardedSource
-from llmtrain.data.stream import TokenSource
+from llmtrain.data.windows import TokenSource
 from tests.data.array_source import ArraySource, GrowingSource, numbered
 
 L, G = 16, 8

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmtrain.data.batch import IGNORED, Batch
 from llmtrain.data.best_fit import ShardPacking
 from llmtrain.data.packing import Documents, Row, pack
-from llmtrain.data.stream import Piece
+from llmtrain.data.windows import Piece
 from tests.data.array_source import ArraySource, numbered
 
 L = 6

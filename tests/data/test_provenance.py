@@ -13,7 +13,7 @@ from llmtrain.config import UserError
 from llmtrain.data.batch import IGNORED
 from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.provenance import WindowOrigin, documents_of, row_of, rows_of, steps_of
-from llmtrain.data.stream import Piece
+from llmtrain.data.windows import Piece
 from tests.data.array_source import ArraySource, GrowingSource, numbered
 
 L, G = 8, 4

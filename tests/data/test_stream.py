@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config import UserError
-from llmtrain.data import stream as stream_module
+from llmtrain.data import windows as windows_module
 from llmtrain.data.best_fit import ShardPacking
-from llmtrain.data.stream import BestFit, Cut, Cutting, Layout, Piece, Stream
+from llmtrain.data.stream import Layout, Stream
+from llmtrain.data.windows import BestFit, Cut, Cutting, Piece
 from tests.data.array_source import ArraySource, GrowingSource, numbered
 
 L = 8
@@ -290,7 +291,7 @@ def test_best_fit_keeps_few_packings(monkeypatch: pytest.MonkeyPatch) -> None:
             made.append(1)
             super().__init__(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stream_module, "ShardPacking", Counted)
+    monkeypatch.setattr(windows_module, "ShardPacking", Counted)
     source = numbered([[L + 1] * 4] * 30)
     stream = fitted(source, span=8, keep=16)
     for k in range(120):

@@ -15,7 +15,11 @@ from llmtrain.training.config import TrainConfig
 
 KEYS = {
     *("step", "train/loss", "train/grad_norm", "train/lr", "train/tokens"),
-    *(f"{key}/{name}" for key in ("train/loss", "data/share", "data/epochs") for name in ("code", "prose")),
+    *(
+        f"{key}/{name}"
+        for key in ("train/loss", "data/tokens", "data/share", "data/epochs")
+        for name in ("code", "prose")
+    ),
     *("perf/tokens_per_second", "perf/step_seconds", "perf/mfu"),
 }
 
@@ -51,6 +55,7 @@ def test_every_key_of_every_line(ranks, tiny, tmp_path):
         assert line["perf/tokens_per_second"] == pytest.approx(8 * 64 / line["perf/step_seconds"])
         targets, mean = {}, 0.0
         for number, name in enumerate(dataset.names):
+            assert line[f"data/tokens/{name}"] == served[name]
             assert line[f"data/share/{name}"] == pytest.approx(served[name] / (step * 8 * 64))
             assert line[f"data/epochs/{name}"] == pytest.approx(served[name] / train[name].tokens)
             rows = batch.labels[batch.source_ids == number]
