@@ -1,13 +1,21 @@
-"""Twenty mistakes a newcomer makes: each ends before any process group, in one line that names the key."""
+"""Mistakes that users make: each ends before any process group, in one line that names the key."""
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import Job
+
+PROSE = "data.sources.prose"
+# Files that are not as they should be; HERE stands for the directory of `wrong_files`.
+HERE = "<here>"
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     # what was done: (overrides on top of a run that works, what the one line must contain)
@@ -34,29 +42,139 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a value that was never set": (["tokenizer=huggingface"], "tokenizer.path"),
     "a checkpoint that is not there": (["resume=runs/nowhere"], "resume=runs/nowhere"),
     "a boundary that the shuffle cannot have": (["data.shuffle_span=0"], "data.shuffle_span=0"),
+    "a source of which only the size is known": (
+        [f"~{PROSE}.path", f"+{PROSE}.tokens=1000"],
+        f"{PROSE} has tokens and no path, which is enough for `plan` alone: say where the text is",
+    ),
+    "a size and a path": ([f"+{PROSE}.tokens=1000"], "give path (where the text is), or tokens alone"),
+    "a template with a field that is not there": (
+        [f"+{PROSE}.template='{{titel}}: {{text}}'"],
+        "320 are bad (320 missing field), more than data.max_bad_fraction=0.001 allows",
+    ),
+    "a template with an open brace": (
+        [f"+{PROSE}.template='{{title: {{text}}'"],
+        f"{PROSE}: template is '{{title: {{text}}': a brace that is text is written twice",
+    ),
+    "a template without a field": ([f"+{PROSE}.template=title"], "name a field in braces, such as {title}"),
+    "a template and a key": (
+        [f"+{PROSE}.template='{{title}}'", f"+{PROSE}.text_key=title"],
+        f"{PROSE}: give text_key (one field) or template (a text made of several), not both",
+    ),
+    "a stage with an unknown source": (
+        ["data.stages=[{from_step: 3, weights: {prosa: 1}}]"],
+        "stages.0.weights.prosa: no such source; there are code, prose",
+    ),
+    "stages out of order": (
+        ["data.stages=[{from_step: 5, weights: {prose: 1}}, {from_step: 3, weights: {code: 1}}]"],
+        "stages begin at steps [5, 3]: each must be after the one before it",
+    ),
+    "a stage without a weight": (
+        ["data.stages=[{from_step: 3, weights: {code: 0}}]"],
+        "stages.0.weights: no weight is above 0",
+    ),
+    "stretches that overlap": (
+        ["data.skip=[[2,5],[4,9]]"],
+        "skip has [4, 9] after step 5: each is [first, last], ascending, apart",
+    ),
+    "a stretch from its end": (["data.skip=[[5,2]]"], "skip has [5, 2] after step 0"),
+    "segments above the row": (
+        ["data.curriculum={from_length: 128, until_step: 4}"],
+        "data.curriculum.from_length=128 is above seq_len=64: segments grow up to seq_len",
+    ),
+    "a URL of a package that is not there": (
+        [f"{PROSE}.path=oss://bucket/web/*.jsonl"],
+        f"{PROSE}.path=oss://bucket/web/*.jsonl: Install ossfs",
+    ),
+    "a URL of no known kind": ([f"{PROSE}.path=nonsense://bucket/a.jsonl"], f"{PROSE}.path=nonsense://"),
+    "JSON that is no array": (
+        [f"{PROSE}.path={HERE}/lines.json"],
+        "lines.json: begins with '{', not with the [ of a JSON array; if it holds one object a line, set "
+        "format=jsonl",
+    ),
+    "too many bad records": (
+        [f"{PROSE}.path={HERE}/bad.jsonl"],
+        "bad.jsonl that were read, 3 are bad (3 malformed JSON), more than data.max_bad_fraction=0.001 "
+        "allows; the first is ",
+    ),
+    "a bad record where none may be": (
+        [f"{PROSE}.path={HERE}/bad.jsonl", "data.bad_records=raise"],
+        "mend the record, or set data.bad_records to quarantine",
+    ),
+    "shards of an older version": ([f"{PROSE}.path={HERE}/old"], "old/index.json: version 1 is not 2; "),
     "dashes": (["--max_steps=5"], "max_steps=5"),
 }
+
+
+AT_OTHER_DOORS: list[tuple[str, list[str], str]] = [
+    # the door, words after those of a run that works (of `where`: all words), what the one line must contain
+    ("prepare", ["part=3/2"], "part=3/2: give i/n with i from 1 to n, such as 3/16; 1/1 is everything"),
+    ("prepare", ["part=half"], "part=half: give i/n"),
+    ("prepare", [f"{PROSE}.path={HERE}/bad.jsonl"], "3 are bad (3 malformed JSON)"),
+    ("plan", ["weights=unimaxx"], "weights=unimaxx: must be one of given, proportional, temperature, unimax; "
+     "did you mean unimax?"),
+    ("plan", [f"{PROSE}.path=oss://bucket/a.jsonl"], f"{PROSE}.path=oss://bucket/a.jsonl: Install ossfs"),
+    ("where", [HERE, "step=1"], "config.yaml: no such file; is "),
+    ("where", [f"{HERE}/nowhere", "step=1"], "nowhere/config.yaml: no such file; is "),
+    ("where", [HERE, "stp=1"], "stp=1: keys are step, row, document, text, until, most, loss, format, as "
+     "key=value; did you mean step?"),
+    ("where", [HERE, "step=1", "text=x"], "ask for one of step=, document= or text= (got step, text)"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def wrong_files(tmp_path_factory) -> Path:
+    """Files and directories with something wrong in each."""
+    directory = tmp_path_factory.mktemp("wrong")
+    (directory / "lines.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (directory / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n' * 3)
+    (directory / "old").mkdir()
+    (directory / "old" / "index.json").write_text(json.dumps({"version": 1, "shards": ["shard-00000"]}))
+    return directory
 
 
 def complaint(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error:")]
 
 
+def at(directory: Path, words: list[str]) -> list[str]:
+    return [word.replace(HERE, str(directory)) for word in words]
+
+
 @pytest.mark.parametrize("size", [1, 2])
-def test_every_mistake_is_one_line_and_78(ranks, tiny, tmp_path, size):
+def test_every_mistake_is_one_line_and_78(ranks, tiny, tmp_path, wrong_files, size):
     def directory(name: str) -> Path:
         return tmp_path / name.replace(" ", "-")
 
-    jobs = {
-        name: ranks.start([*tiny, f"output_dir={directory(name)}/run", *overrides], size, directory(name))
-        for name, (overrides, _) in MISTAKES.items()
-    }
+    def start(name: str) -> Job:
+        words = [*tiny, f"output_dir={directory(name)}/run", *MISTAKES[name][0]]
+        return ranks.start(at(wrong_files, words), size, directory(name))
+
+    jobs = {name: start(name) for name in MISTAKES}
     for name, job in jobs.items():
         assert job.wait() == [78] * size, (name, job.output())
         assert "Traceback" not in job.output(), name
         (line,) = [line for output in job.outputs for line in complaint(output.read_text())]
         assert MISTAKES[name][1] in line, name
         assert not (directory(name) / "run" / "metrics.jsonl").exists(), name
+
+
+@pytest.mark.parametrize(("door", "words", "expected"), AT_OTHER_DOORS)
+def test_other_doors_are_no_different(tiny, wrong_files, capsys, door, words, expected):
+    main = import_module(f"llmtrain.{door}").main
+    assert main(at(wrong_files, words if door == "where" else [*tiny, *words])) == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert complaint(line) == [line]
+    assert expected in line
+
+
+def test_a_mixture_without_text_cannot_be_trained(tiny, capsys):
+    main = import_module("llmtrain.train").main
+    without_data = [word for word in tiny if "data" not in word]
+    assert main([*without_data, "data=gpt3"]) == 78
+    lines = complaint(capsys.readouterr().err)
+    names = "common_crawl", "webtext2", "books1", "books2", "wikipedia"
+    for name, line in zip(names, lines, strict=True):
+        assert f"data.sources.{name} has tokens and no path" in line
 
 
 @pytest.mark.parametrize("name", ["a typo in a key", "an unknown option", "a file that is not there"])

@@ -18,7 +18,9 @@ from pydantic import BaseModel
 
 from llmtrain.config import UserError
 from llmtrain.config.hydra import compose
+from llmtrain.data.prepare import SMALL
 from llmtrain.training.config import TrainConfig
+from tests.ranks import Job
 
 SHORT = [
     "max_steps=4",
@@ -73,6 +75,20 @@ def tokenizer(run: Path) -> Any:
     return {path.name: path.stat().st_size for path in (run / "tokenizer").iterdir()}
 
 
+def rejected(run: Path) -> Any:
+    sources = json.loads((run / "data.json").read_text())["sources"]
+    return {name: source["input"]["rejected"] for name, source in sources.items()}
+
+
+def kept_aside(run: Path) -> Any:
+    files = (run / "data" / "quarantine").glob("*/*.jsonl")
+    return {file.parent.name: len(file.read_text().splitlines()) for file in files}
+
+
+def background(run: Path) -> Any:
+    return re.findall(r"tokenising .* in the background, \d+ processes", printed(run))
+
+
 def wandb_folder(run: Path) -> Any:
     return sorted(path.parent.name for path in run.glob("wandb/*/*.wandb"))
 
@@ -83,10 +99,23 @@ def wandb_project(run: Path) -> Any:
 
 
 def console(run: Path) -> Any:
-    return "loss" in next(iter(run.parent.glob("output-*"))).read_text()
+    return "loss" in printed(run)
 
 
+def printed(run: Path) -> str:
+    return next(iter(run.parent.glob("output-*"))).read_text()
+
+
+# In overrides, OWN stands for a directory of this one run, LARGE and DAMAGED for the files of the fixtures.
+OWN, LARGE, DAMAGED = "<own>", "<large>", "<damaged>"
 EARLY_PEAK = "scheduler.warmup_steps=1"
+NEW_CACHE = f"cache_dir={OWN}"
+FEW = "callbacks.evaluation.documents=2"  # of a large source
+IN_BACKGROUND = [NEW_CACHE, f"data.sources.prose.path={LARGE}", FEW, "data.workers=1"]
+WITH_BAD_RECORDS = [NEW_CACHE, f"data.sources.prose.path={DAMAGED}", "data.max_bad_fraction=0.5"]
+BEST_FIT = ["data.packing=best_fit", "+data.sources.prose.text_key=title", "seq_len=24"]
+STAGE = "data.stages=[{from_step: 2, weights: {code: 1, prose: 1}}]"
+CURRICULUM = "data.curriculum={from_length: 8, until_step: 4}"
 WITHOUT_WEIGHTS = ["~data.sources.code.weight", "~data.sources.prose.weight"]
 SP = ["tokenizer=sentencepiece", "tokenizer.vocab_size=400"]
 
@@ -104,6 +133,18 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
     "tokenizer.vocab_size": (SP, ["tokenizer.vocab_size=420"], tokenizer),
     "data.documents": ([], ["data.documents=attend"], curve),
     "data.boundary": ([], ["data.boundary=eos"], curve),
+    "data.boundary_targets": ([], ["data.boundary_targets=true"], curve),
+    "data.packing": ([], ["data.packing=best_fit"], curve),
+    "data.max_padding": (BEST_FIT, ["data.max_padding=0.5"], curve),
+    "data.curriculum.from_length": ([CURRICULUM], ["data.curriculum.from_length=16"], curve),
+    "data.curriculum.until_step": ([CURRICULUM], ["data.curriculum.until_step=3"], curve),
+    "data.stages.from_step": ([STAGE], [STAGE.replace("2", "3")], curve),
+    "data.stages.weights": ([STAGE], [STAGE.replace("prose: 1", "prose: 9")], curve),
+    "data.skip": ([], ["data.skip=[[2,2]]"], curve),
+    "data.bad_records": (WITH_BAD_RECORDS, ["data.bad_records=skip"], kept_aside),
+    "data.max_document_bytes": (["data.max_bad_fraction=1"], ["data.max_document_bytes=15000"], rejected),
+    "data.preparation": (IN_BACKGROUND, ["data.preparation=ahead"], background),
+    "data.workers": (IN_BACKGROUND, ["data.workers=2"], background),
     "data.shuffle_span": ([], ["data.shuffle_span=1"], curve),
     "data.validation_fraction": ([], ["data.validation_fraction=0.5"], held_out),
     "data.sources.weight": ([], ["data.sources.code.weight=0.1"], curve),
@@ -118,6 +159,7 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
         curve,
     ),
     "data.sources.text_key": ([], ["+data.sources.prose.text_key=title"], curve),
+    "data.sources.template": ([], ["+data.sources.prose.template='{title}: {text}'"], curve),
     "data.sources.path": ([], ["data.sources.code.path=${data.sources.prose.path}"], curve),
     "optimizer.lr": ([], ["optimizer.lr=1e-4"], curve),
     "optimizer.betas": ([], ["optimizer.betas=[0.5,0.95]"], curve),
@@ -159,6 +201,9 @@ ELSEWHERE: dict[str, str] = {
     # key: the test that shows its effect
     "output_dir": "tests/training/test_resume.py::test_a_resumed_run_is_bit_equal",
     "cache_dir": "tests/training/test_keys.py::test_cache_dir_is_where_shards_and_tokenizers_are",
+    "tokenizer.backend": "tests/tokenizer/test_backends.py::test_a_backend_that_is_not_installed",
+    "data.sources.tokens": "tests/test_plan_door.py::test_gpt3_from_the_command_line",
+    "data.remote_cache_gb": "tests/training/test_keys.py::test_remote_cache_gb_bounds_what_is_fetched",
     "tokenizer.path": "tests/training/test_keys.py::test_tokenizer_path_brings_a_tokenizer_along",
     "resume": "tests/training/test_resume.py::test_resume_never_sets_the_older_run_aside",
     "activation_checkpointing": f"{ENGINE}::test_activation_checkpointing_keeps_fewer_tensors",
@@ -174,6 +219,11 @@ REFUSED: dict[str, list[str]] = {
     "data.sources.revision": [JSONL, "+data.sources.prose.revision=main"],
     "data.sources.split": [JSONL, "+data.sources.prose.split=test"],
     "data.sources.subset": [JSONL, "+data.sources.prose.subset=en"],
+}
+
+ENDS: dict[str, tuple[list[str], list[str]]] = {
+    # key: (overrides of a run that works, those with which it ends in a line that names the key)
+    "data.max_bad_fraction": (WITH_BAD_RECORDS, ["data.max_bad_fraction=0"]),
 }
 
 MODEL_TABLE = "tests/model/test_config.py::test_every_key_shows"
@@ -197,7 +247,7 @@ def _classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def test_every_key_has_a_row():
-    named = {*RUNS, *ELSEWHERE, *REFUSED}
+    named = {*RUNS, *ELSEWHERE, *REFUSED, *ENDS}
     ours = {key for key in keys(TrainConfig) if not key.startswith("model.")}  # tests/model has its own table
     assert ours - named == set()
     assert named - ours == set()
@@ -209,19 +259,44 @@ def test_the_tests_named_here_exist(test):
     assert f"def {name}(" in (Path(__file__).parents[2] / file).read_text()
 
 
+@pytest.fixture(scope="session")
+def files(corpus, tmp_path_factory) -> dict[str, Path]:
+    """More than preparation makes at once, and text of which one record of eleven is none."""
+    directory = tmp_path_factory.mktemp("files")
+    large, damaged = directory / "large.jsonl", directory / "damaged.jsonl"
+    lines = (corpus / "prose.jsonl").read_text().splitlines()
+    text = "".join(f"{line}\n" for line in lines if len(line) > 1000)
+    large.write_text(text * (SMALL // len(text) + 2))
+    damaged.write_text("".join(f"{line}\n" + "{\n" * (n % 10 == 0) for n, line in enumerate(lines)))
+    return {LARGE: large, DAMAGED: damaged}
+
+
 _base_runs: dict[tuple[str, ...], Path] = {}
 
 
 @pytest.fixture
-def observe(ranks, tiny, tmp_path, tmp_path_factory):
+def begin(ranks, tiny, files, tmp_path_factory):
+    """Start the door with overrides on top of the tiny run; returns the job and its run directory."""
+
+    def start(*overrides: str) -> tuple[Job, Path]:
+        directory = tmp_path_factory.mktemp("keys")
+        arguments = [*tiny, *SHORT, f"output_dir={directory}/run", *overrides]
+        for name, place in {**files, OWN: directory / "own"}.items():
+            arguments = [argument.replace(name, str(place)) for argument in arguments]
+        return ranks.start(arguments, 1, directory), directory / "run"
+
+    return start
+
+
+@pytest.fixture
+def observe(begin):
     """Run the door with overrides on top of the tiny run; returns its run directory. Equal runs run once."""
 
     def run(*overrides: str) -> Path:
         if overrides not in _base_runs:
-            directory = tmp_path_factory.mktemp("keys")
-            arguments = [*tiny, *SHORT, f"output_dir={directory}/run", *overrides]
-            ranks.run(arguments, 1, directory)
-            _base_runs[overrides] = directory / "run"
+            job, directory = begin(*overrides)
+            assert job.wait() == [0], job.output()
+            _base_runs[overrides] = directory
         return _base_runs[overrides]
 
     return run
@@ -237,6 +312,29 @@ def test_a_changed_key_changes_the_run(observe, key):
 def test_a_changed_key_is_refused(tiny, key):
     with pytest.raises(UserError, match=re.escape(key.rpartition(".")[2])):
         compose(TrainConfig, [*tiny, *REFUSED[key]])
+
+
+@pytest.mark.parametrize("key", ENDS)
+def test_a_changed_key_ends_the_run(observe, begin, key):
+    common, changed = ENDS[key]
+    observe(*common)
+    job, _ = begin(*common, *changed)
+    assert job.wait() == [78], job.output()
+    assert key in printed_error(job)
+
+
+def printed_error(job: Job) -> str:
+    (line,) = [line for line in job.output().splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_remote_cache_gb_bounds_what_is_fetched(observe, begin):
+    shards = json.loads((observe() / "data" / "prepared.json").read_text())["code"]["train"]
+    remote = [f"data.sources.code.path=file://{shards}", "data.sources.code.format=shards", NEW_CACHE]
+    assert curve(observe(*remote)) == curve(observe())
+    job, _ = begin(*remote, "data.remote_cache_gb=1e-6")
+    assert job.wait() == [78], job.output()
+    assert "data.remote_cache_gb=" in printed_error(job)
 
 
 def test_tokenizer_path_brings_a_tokenizer_along(observe, tmp_path):
