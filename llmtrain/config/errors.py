@@ -161,7 +161,15 @@ def _line(found: list[tuple[_Place, Mapping[str, Any]]], root_value: Mapping[str
             return f"{place.key}.kind: missing: set it to {_one_of(tags)}"
     allowed = list(dict.fromkeys(_allowed(detail) for _, detail in found))
     names = [name for _, detail in found for name in _literals(detail)]
+    if place.keys and _begins_with_a_key(place, allowed[0]):
+        return f"{place.key}.{allowed[0]}"
     return f"{_assignment(place)}: {' or '.join(allowed)}{did_you_mean(str(place.value), names)}".lstrip(": ")
+
+
+def _begins_with_a_key(place: _Place, message: str) -> bool:
+    """Whether a validator speaks of one of the keys below it: `weight=3 is too much` of a source."""
+    fields = getattr(place.annotation, "model_fields", {})
+    return re.split(r"[.=: ]", message, maxsplit=1)[0] in fields
 
 
 def _allowed(detail: Mapping[str, Any]) -> str:

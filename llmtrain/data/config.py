@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmtrain.config import Config
+from llmtrain.config.errors import did_you_mean
 
 Format = Literal[
     "auto", "jsonl", "json", "parquet", "text", "huggingface", "embedded", "shards", "megatron", "nanogpt"
@@ -17,6 +18,8 @@ Documents = Literal["separate", "attend"]
 Packing = Literal["cut", "best_fit"]
 BadRecords = Literal["quarantine", "skip", "raise"]
 
+MAX_PADDING = 0.01
+"""As it comes in conf/."""
 EMBEDDED = ("code", "docstrings", "prose")
 _WITH_FIELDS = ("jsonl", "json", "parquet", "huggingface")
 _MEANINGFUL_FOR: dict[str, tuple[str, ...]] = {
@@ -164,6 +167,13 @@ class DataConfig(Config):
     remote_cache_gb: Weight
     """Disk that shards fetched from URLs may take, on each machine."""
 
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _is_a_list_of_pairs(cls, value: Any) -> Any:
+        if isinstance(value, list) and value and not all(isinstance(pair, list | tuple) for pair in value):
+            raise ValueError(f"is {value}: give a list of stretches [first, last], such as [[101, 110]]")
+        return value
+
     @property
     def prepares_in_background(self) -> bool:
         """Whether training may begin before all text is tokens; `epochs` need the sizes first."""
@@ -184,6 +194,8 @@ class DataConfig(Config):
         if weighted and len(weighted) < len(self.sources):
             other = next(name for name in self.sources if name not in weighted)
             raise ValueError(f"sources.{weighted[0]} has weight, sources.{other} epochs: use one for all")
+        if self.packing == "cut" and self.max_padding != MAX_PADDING:
+            raise ValueError(f"max_padding={self.max_padding:g} means nothing with packing=cut; leave it out")
         _check_stages(self.stages, self.sources)
         _check_skip(self.skip)
         return self
@@ -198,6 +210,7 @@ def _check_stages(stages: list[StageConfig], sources: dict[str, SourceConfig]) -
             if name not in sources:
                 raise ValueError(
                     f"stages.{number}.weights.{name}: no such source; there are {', '.join(sources)}"
+                    f"{did_you_mean(name, sources)}"
                 )
         if not any(stage.weights.values()):
             raise ValueError(f"stages.{number}.weights: no weight is above 0")

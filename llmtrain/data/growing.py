@@ -192,7 +192,10 @@ class Preparation:
                 f"{start} {held_out} are held out and none is left to train on{others}:"
                 " lower data.validation_fraction"
             )
-        return f"{start} none has any text"
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(came["rejected"].items()))
+        return (
+            f"{start} none has text to train on ({reasons or 'there are none'}): check the source's keys"
+        )
 
     def check_complete(self) -> None:
         """Hold the present rules against a source that was completed under others."""

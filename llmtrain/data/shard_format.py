@@ -277,7 +277,10 @@ def load_sealed(path: Path) -> dict[str, Any]:
         raise damaged(path, f"is not JSON ({error})") from error
     version = value.get("version") if isinstance(value, dict) else None
     if version != VERSION:
-        raise damaged(path, f"version {version} is not {VERSION}")
+        raise UserError(
+            f"{path}: version {version} of the format is not {VERSION}: prepare the text again, and give the "
+            "directory that it is prepared into"
+        )
     if value.pop("digest", None) != _hash_of(value):
         raise damaged(path, "has a wrong digest")
     return value

@@ -81,7 +81,8 @@ def estimate(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer | None
     )
     density = sum(weighted) / max(1, sum(weights.values()))
     if not density:
-        return Size(None, False, "there is no text in a sample of it")
+        why = f": {sample.refused}" if sample.refused else ""
+        return Size(None, False, f"there is no text in a sample of it{why}")
     sampled = f"{density:.4g} tokens a byte in a sample of {sample.encoded_bytes / 1e6:.1f} MB"
     how = f"{total / 1e6:,.1f} MB on disk, {sampled}"
     return Size(round(kept * total * density), False, how)
@@ -135,6 +136,8 @@ class _Sample:
     def __init__(self, tokenizer: Tokenizer, control_ids: int) -> None:
         self._tokenizer, self._control_ids = tokenizer, control_ids
         self.encoded_bytes = 0
+        self.refused = ""
+        """Why the first record that was not used was not."""
 
     def density(self, piece: Slice, records: Iterator[Record], wanted: float) -> float:
         """Tokens, control ids included, a byte on disk of a piece, from about `wanted` bytes of its text.
@@ -149,6 +152,7 @@ class _Sample:
                 disk_bytes = max(1, _consumed(piece, record.position))
                 break
             if isinstance(record, Rejected):
+                self.refused = self.refused or record.detail or record.reason
                 continue
             assert not isinstance(record, TokenDocument), "files of tokens are not sampled"
             documents += 1

@@ -223,14 +223,7 @@ class _Tokenizing:
         for writer in self._writers.values():
             writer.begin(piece.file, piece.unit)
         count, told = FileCount(piece.file), 0
-        records = readers.read(
-            self._task.source,
-            piece,
-            self._task.rules.max_document_bytes,
-            eos_id=self._tokenizer.eos_id,
-            vocab_size=self._tokenizer.vocab_size,
-        )
-        for batch in batches(self._usable(records, piece, count), BATCH_BYTES):
+        for batch in batches(self._usable(self._records(piece), piece, count), BATCH_BYTES):
             documents, text_bytes, tokens = self._add(batch, piece, count)
             consumed = max(0, min(text_bytes, (piece.size or 0) - told))  # unpacked text may be longer
             told += consumed
@@ -242,6 +235,20 @@ class _Tokenizing:
         check_bad(self._task.name, self._task.source, self._task.rules, count, is_cut)
         if is_cut or count.bad:
             self._keep(count)
+
+    def _records(self, piece: Slice) -> Iterator[Record]:
+        """What the readers give; what they cannot read is said with the name of the source."""
+        try:
+            yield from readers.read(
+                self._task.source,
+                piece,
+                self._task.rules.max_document_bytes,
+                eos_id=self._tokenizer.eos_id,
+                vocab_size=self._tokenizer.vocab_size,
+            )
+        except UserError as error:
+            lines = (f"data.sources.{self._task.name}: {line}" for line in error.lines)
+            raise UserError(*lines, exit_code=error.exit_code) from error
 
     def _keep(self, count: FileCount) -> None:
         """Remember the count; slices of a file that follow each other are one stretch of it."""
@@ -396,5 +403,5 @@ def too_many_bad(name: str, source: SourceConfig, rules: Rules, count: FileCount
 
 
 def _describe(record: Rejected, piece: Slice) -> str:
-    detail = f": {record.detail}" if record.detail else ""
-    return f"{piece.file} at {piece.unit} {record.position}: {record.reason}{detail}"
+    what = record.detail if record.detail.startswith(record.reason) else f"{record.reason}: {record.detail}"
+    return f"{piece.file} at {piece.unit} {record.position}: {what.removesuffix(': ')}"

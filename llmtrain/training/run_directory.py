@@ -232,6 +232,10 @@ class RunDirectory:
             value = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{self.config}: no such file; is {self.path} the directory of a run?") from None
+        except OSError as error:
+            raise UserError(
+                f"{self.config} cannot be read: {error.strerror}; is {self.path} the directory of a run?"
+            ) from None
         except yaml.YAMLError as error:
             raise UserError(f"{self.config}: not readable as YAML: {error}") from error
         if not isinstance(value, dict):

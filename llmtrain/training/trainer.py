@@ -137,7 +137,7 @@ def save(run: Run) -> None:
 
 def keep_bad_records(run: Run) -> None:
     """Put what preparation set aside into the run directory, as far as it has come."""
-    for name in run.prepared.sources:
+    for name in run.prepared.sources if run.config.data.bad_records == "quarantine" else ():
         for file in run.prepared.quarantine(name):
             run.directory.keep(file, f"data/quarantine/{name}/{file.name}")
 

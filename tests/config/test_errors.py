@@ -91,7 +91,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"model__position__theta": -1}, "model.position.theta=-1: must be greater than 0"),
     ({"model": 3}, "model=3: must be a group of keys, not a single value"),
     ({"sources": 3}, "sources=3: must be a group of keys, not a single value"),
-    ({"model__n_heads": 3}, "model: d_model=8 is not a multiple of n_heads=3"),
+    ({"model__n_heads": 3}, "model.d_model=8 is not a multiple of n_heads=3"),
     ({"name": ["x" * 100]}, "name=['" + "x" * 58 + "...: must be a valid string"),
     (
         {"model__position": {"_target_": THEIRS, "base": 1, "inner": {"depth": "x"}}},

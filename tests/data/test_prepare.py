@@ -125,7 +125,8 @@ def test_every_document_is_in_exactly_one_split(tmp_path: Path) -> None:
     expected = {"documents": 304, "tokens": tokens, "text_bytes": text_bytes, "rejected": rejected}
     assert index["input"] == expected
     again = prepare(one(file), BYTES, tmp_path / "cache")
-    assert again.conservation("one") == {**expected, "complete": True}
+    splits = {"train": len(train), "held_out": len(held_out)}
+    assert again.conservation("one") == {**expected, **splits, "complete": True}
     assert again.rejected("one") == rejected
     assert again.quarantine("one") == []  # an empty record is no mistake, and there is nothing to keep
 
@@ -139,7 +140,7 @@ def test_the_held_out_fraction(tmp_path: Path) -> None:
         UserError, match=r"data.sources.one .* 50 are held out .* lower data.validation_fraction"
     ):
         prepare(one(file, validation_fraction=0.9999999), BYTES, tmp_path / "c")
-    with pytest.raises(UserError, match=r"of 2 documents none has any text"):
+    with pytest.raises(UserError, match=r"of 2 documents none has text to train on \(2 empty\)"):
         prepare(one(write_texts(tmp_path / "b.jsonl", ["", ""])), BYTES, tmp_path / "c")
 
 

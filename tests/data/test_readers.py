@@ -488,7 +488,9 @@ def test_parts_cover_the_input_in_order(tmp_path: Path) -> None:
 def test_prepared_shards_are_known_by_their_index(tmp_path: Path) -> None:
     import fsspec
 
-    (tmp_path / "index.json").write_text("{}")
+    (tmp_path / "index.json").write_text('{"my": "own"}')
+    assert readers.resolve_format(source(tmp_path)) == "files"
+    (tmp_path / "index.json").write_text('{"shards": 3, "manifest_hash": "x"}')
     assert readers.resolve_format(source(tmp_path)) == "shards"
     assert readers.resolve_format(source(f"file://{tmp_path}")) == "shards"
     fsspec.filesystem("memory").pipe("/shards/index.json", b"{}")

@@ -126,7 +126,8 @@ def _list_remote(url: str, suits: Callable[[str], bool]) -> list[InputFile]:
         else:
             try:
                 info = filesystem.info(path)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                _check_answered(url, error)
                 return []
             if info["type"] == "file" and not url.endswith("/"):
                 return [_remote(url, info)]
@@ -141,6 +142,15 @@ def _list_remote(url: str, suits: Callable[[str], bool]) -> list[InputFile]:
         return [
             _remote(filesystem.unstrip_protocol(name), _sized(filesystem, name, info)) for name, info in infos
         ]
+
+
+def _check_answered(url: str, error: FileNotFoundError) -> None:
+    """fsspec's http says of a server that does not answer that the file is not there."""
+    cause = error.__cause__
+    if cause is not None and getattr(cause, "status", 404) != 404:
+        raise UserError(f"{url}: the server answers {getattr(cause, 'status', '')}: {cause}") from error
+    if cause is not None and not hasattr(cause, "status") and not isinstance(cause, FileNotFoundError):
+        raise UserError(f"{url} cannot be reached: {cause}") from error
 
 
 def _sized(filesystem: Any, name: str, info: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -34,10 +35,19 @@ def resolve_format(source: SourceConfig) -> str:
     if files.is_url(where):
         found = plain_suffix(where) not in SUFFIXES and files.holds(where, INDEX)
     else:
-        found = (Path(where).expanduser() / INDEX).is_file()
+        found = _is_prepared(Path(where).expanduser())
     if found:
         return _checked("shards", source)
     return _checked("huggingface", source) if is_saved_dataset(where) else "files"
+
+
+def _is_prepared(directory: Path) -> bool:
+    """Whether its index is one of prepared shards: people have files of that name too."""
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and {"shards", "manifest_hash"} <= index.keys()
 
 
 def is_saved_dataset(where: str) -> bool:
