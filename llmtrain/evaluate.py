@@ -32,6 +32,7 @@ def evaluate(run: Path, step: int | None) -> dict[str, Any]:
         rows=config.micro_batch_size,
         documents=config.data.documents,
         documents_limit=config.callbacks.evaluation.documents,
+        boundary_targets=config.data.trains_boundaries,
         world=World(),
         baselines=Baselines(
             train_sources,

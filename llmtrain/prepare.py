@@ -35,7 +35,7 @@ def show(prepared: Prepared) -> None:
     table = Table(title=f"prepared with a tokenizer of {prepared.tokenizer.vocab_size:,} ids")
     headings = "source", "documents", "tokens", "bytes", "bytes a token", "held out", "rejected"
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in rows(prepared):
         table.add_row(*row)
     console = Console(soft_wrap=True)

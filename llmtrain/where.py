@@ -20,7 +20,10 @@ from llmtrain.config.door import plain_door
 from llmtrain.config.errors import did_you_mean
 
 KEYS = ("step", "row", "document", "text", "until", "most", "loss", "format")
+GOES_WITH = {"row": ("step",), "loss": ("step",), "until": ("document", "text"), "most": ("text",)}
+"""The questions that a key says something about."""
 MOST = 10
+STEPS_SHOWN = 20
 SHOWN = 300
 """Characters of a document that the readable form shows; format=json has all of it."""
 
@@ -33,6 +36,7 @@ def where(run: Path, question: dict[str, str]) -> Iterator[dict[str, Any]]:
     asked = [key for key in ("step", "document", "text") if key in question]
     if len(asked) != 1:
         raise UserError(f"ask for one of step=, document= or text= (got {', '.join(asked) or 'none'})")
+    check(question, asked[0])
     data = open_data(run)
     if "step" in question:
         rows = rows_at(data, number(question, "step"), number(question, "row") if "row" in question else None)
@@ -41,12 +45,22 @@ def where(run: Path, question: dict[str, str]) -> Iterator[dict[str, Any]]:
             rows = (with_losses(data, finished, row) for row in rows)
         yield from rows
         return
-    until = number(question, "until") if "until" in question else data.config.max_steps
+    until = number(question, "until") if "until" in question else data.step
     if "document" in question:
         found = find_document(data, question["document"])
     else:
         found = find_text(data, question["text"], number(question, "most") if "most" in question else MOST)
     yield from steps_with(data, found, until)
+
+
+def check(question: dict[str, str], asked: str) -> None:
+    """UserError for a key that says nothing about what is `asked`, and for a loss= that is no yes or no."""
+    for key, wanted in GOES_WITH.items():
+        if key in question and asked not in wanted:
+            ways = " or ".join(f"{one}=" for one in wanted)
+            raise UserError(f"{key}={question[key]}: goes with {ways}, not with {asked}=")
+    if question.get("loss", "false") not in ("true", "false"):
+        raise UserError(f"loss={question['loss']}: must be true or false")
 
 
 def number(question: dict[str, str], key: str) -> int:
@@ -71,10 +85,14 @@ def parse(words: list[str]) -> dict[str, str]:
 def show(answer: dict[str, Any]) -> str:
     """An answer for people."""
     if "steps" in answer:
-        at = ", ".join(f"{place['step']} (row {place['row']})" for place in answer["steps"]) or "none"
+        steps = [f"{place['step']} (row {place['row']})" for place in answer["steps"]]
+        at = ", ".join(steps[:STEPS_SHOWN]) or "none"
+        more = f", and {len(steps) - STEPS_SHOWN} more" if len(steps) > STEPS_SHOWN else ""
         what = f"{_origin(answer)}, {answer['source']}, {answer['tokens']} tokens"
-        return f"{what}; steps until {answer['until_step']}: {at}"
+        return f"{what}; steps until {answer['until_step']}: {at}{more}"
     place = f"{answer['source']}, pass {answer['pass']}, span {answer['span']}"
+    if not answer["trained"]:
+        place += " (not trained yet)"
     head = f"step {answer['step']} row {answer['row']}: {place}"
     return "\n".join([head, *(_shown(document) for document in answer["documents"])])
 

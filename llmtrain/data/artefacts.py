@@ -104,7 +104,7 @@ def claimed(path: Path) -> Iterator[bool]:
     no locks everybody may; the work has to bear being done twice.
     """
     with path.open("a") as file:
-        if not _try(file.fileno()):
+        if not take_flock(file.fileno()):
             yield False
             return
         yield True
@@ -116,7 +116,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """Hold an flock, which the kernel takes back however the process ends."""
     with path.open("a") as file:
         waiting = spoke = time.monotonic()
-        while not _try(file.fileno()):
+        while not take_flock(file.fileno()):
             if time.monotonic() - spoke > REMIND:
                 spoke = time.monotonic()
                 logger.info("%s: another process is at work on it (%.0f s)", what, spoke - waiting)
@@ -124,9 +124,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _try(descriptor: int) -> bool:
+def take_flock(descriptor: int, wait: bool = False) -> bool:
+    """Whether this process has an flock now; True too where the file system has none."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:

@@ -44,7 +44,7 @@ class SourceConfig(Config):
     code, docstrings, prose. None where only `tokens` is known: such a source can be planned with."""
     format: Format = "auto"
     """`auto` tells by the file's suffix; a directory that `llmtrain prepare` wrote is `shards`."""
-    weight: Weight | None = None
+    weight: Annotated[float, Field(ge=0)] | None = None
     """Share of the tokens of the final stream, relative to the other sources' weights."""
     epochs: Weight | None = None
     """Passes over this source, instead of a weight: the weights then follow from the sources' sizes."""
@@ -115,7 +115,8 @@ class StageConfig(Config):
     """Other weights from a step on."""
 
     from_step: Annotated[int, Field(ge=2)]
-    """The first step with these weights; the sources' own weights hold until then."""
+    """The first step of the order with these weights; the sources' own weights hold until then. Steps that
+    `skip` leaves out count too."""
     weights: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]
     """The weight of each source; one that is not named has none."""
 

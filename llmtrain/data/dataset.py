@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import copy
-from itertools import accumulate, count
+from itertools import accumulate
 from typing import Any, Literal
 
 from llmtrain.config import UserError
@@ -63,6 +63,47 @@ class Skip:
     def after(self, data_step: int) -> list[tuple[int, int]]:
         """The stretches, or what is left of them, that lie after a step of the order."""
         return [(max(first, data_step + 1), last) for first, last in self.stretches if last > data_step]
+
+
+class Batches:
+    """The batches of step after step, read STEPS_AHEAD steps ahead by a thread.
+
+    What goes wrong in the thread is raised by `next`. The thread ends when this is closed or dropped; one
+    that waits for text ends when its source is closed.
+    """
+
+    def __init__(self, load: Callable[[int], Batch], start_step: int) -> None:
+        self._load, self._step = load, start_step
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmtrain-data")
+        self._ahead = deque(self._submit() for _ in range(STEPS_AHEAD))
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self._ahead.popleft().result()
+        self._ahead.append(self._submit())
+        return batch
+
+    def is_ready(self, seconds: float) -> bool:
+        """Whether `next` would return or raise at once, asked for so long."""
+        return not wait([self._ahead[0]], seconds).not_done
+
+    @property
+    def error(self) -> BaseException | None:
+        """What `next` would raise, of a batch that is ready."""
+        return self._ahead[0].exception()
+
+    def close(self) -> None:
+        """Read nothing more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _submit(self) -> Future[Batch]:
+        self._step += 1
+        return self._thread.submit(self._load, self._step - 1)
 
 
 class PackedDataset:
@@ -149,29 +190,15 @@ class PackedDataset:
         shortest, until_step = self._curriculum
         return shortest + (self._seq_len - shortest) * (step - 1) // (until_step - 1)
 
-    def batches(
-        self, start_step: int, rank: int, world_size: int, pin_memory: bool = False
-    ) -> Generator[Batch, None, None]:
-        """This rank's rows of step after step, without end, read STEPS_AHEAD steps ahead by a thread.
-
-        Rank r of R has the rows rG/R .. (r+1)G/R - 1. What goes wrong in the thread is raised here, and the
-        thread ends when the iterator is closed or dropped.
-        """
+    def batches(self, start_step: int, rank: int, world_size: int, pin_memory: bool = False) -> Batches:
+        """This rank's rows of step after step, without end: rank r of R has rG/R .. (r+1)G/R - 1."""
         first, last = (r * self.global_batch_size // world_size for r in (rank, rank + 1))
 
         def load(step: int) -> Batch:
             batch = self.rows(step, first, last)
             return batch.pin_memory() if pin_memory else batch
 
-        thread = ThreadPoolExecutor(1, thread_name_prefix="llmtrain-data")
-        try:
-            ahead = deque(thread.submit(load, start_step + i) for i in range(STEPS_AHEAD))
-            for step in count(start_step + STEPS_AHEAD):
-                batch = ahead.popleft().result()
-                ahead.append(thread.submit(load, step))
-                yield batch
-        finally:
-            thread.shutdown(cancel_futures=True)
+        return Batches(load, start_step)
 
     def state(self, steps_done: int) -> dict[str, Any]:
         """Where the order stands after so many steps and what it depends on: a few hundred bytes of JSON."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +62,8 @@ class Preparation:
         self.fingerprint = artefact_key(self._made_from)
         self.directory = cache_dir.expanduser() / "shards" / self.fingerprint
         self._reports: dict[int, Report] = {}
+        self.closed = threading.Event()
+        """Set when nobody in this process wants shards any more: who waits for one is sent home."""
         self._documents: dict[tuple[str, int], int] = {}
 
     @cached_property
@@ -193,9 +196,7 @@ class Preparation:
                 " lower data.validation_fraction"
             )
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(came["rejected"].items()))
-        return (
-            f"{start} none has text to train on ({reasons or 'there are none'}): check the source's keys"
-        )
+        return f"{start} none has text to train on ({reasons or 'there are none'}): check the source's keys"
 
     def check_complete(self) -> None:
         """Hold the present rules against a source that was completed under others."""
@@ -223,26 +224,41 @@ class Preparation:
 
     def fail(self, error: UserError) -> None:
         """Tell everybody who waits for a shard that it will not come."""
-        write_whole(self.directory / ERROR, json.dumps({"lines": error.lines, "exit_code": error.exit_code}))
+        said = {"lines": error.lines, "exit_code": error.exit_code, "rules": repr(self.rules)}
+        write_whole(self.directory / ERROR, json.dumps(said))
 
     def forget_failure(self) -> None:
         """An error of an earlier attempt means nothing for this one."""
         (self.directory / ERROR).unlink(missing_ok=True)
 
     def raise_failure(self) -> None:
-        """Raise what `fail` was told, here or in another process."""
+        """Raise what `fail` was told, here or in another process that has the same rules."""
         try:
             error = json.loads((self.directory / ERROR).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        raise UserError(*error["lines"], exit_code=error["exit_code"])
+        if error.get("rules") == repr(self.rules):
+            raise UserError(*error["lines"], exit_code=error["exit_code"])
 
 
 class Crew(Protocol):
     """Whoever makes the parts, as far as one who waits cares."""
 
+    @property
+    def error(self) -> UserError | None:
+        """Why no more parts are made, where that is so."""
+
+    def schedule(self, order: Mapping[str, Sequence[int]], weights: Mapping[str, float]) -> None:
+        """Make parts in the order in which training comes to them: each source's `order`, and its share."""
+
+    def close(self) -> None:
+        """Make no more."""
+
     def want(self, preparation: Preparation, numbers: Sequence[int]) -> None:
         """These parts come first from now on, in this order."""
+
+    def need(self, preparation: Preparation, number: int) -> None:
+        """This part is waited for."""
 
     def check(self) -> None:
         """Raise if no more parts will be made."""
@@ -263,11 +279,8 @@ class GrowingShards:
     @property
     def complete(self) -> bool:
         """Whether there is an index over all shards."""
-        if self._local is None:
-            if self._preparation.complete:  # the training split's index is the last file of all
-                self._local = LocalShards(self.directory)
-            else:
-                self._preparation.raise_failure()
+        if self._local is None and self._preparation.complete:  # the training split's index is written last
+            self._local = LocalShards(self.directory)
         return self._local is not None
 
     @property
@@ -289,14 +302,16 @@ class GrowingShards:
         path = shard_path(self.directory, shard)
         if self._local is not None or path.is_dir():
             return path
-        self.want([shard])
+        if self._crew is not None:
+            self._crew.need(self._preparation, shard)
         began = spoke = time.monotonic()
         pause, patience = FIRST_POLL, SPEAK
         while not path.is_dir():
             self._preparation.raise_failure()
             if self._crew is not None:
                 self._crew.check()
-            time.sleep(pause)
+            if self._preparation.closed.wait(pause):
+                raise RuntimeError("the preparation was closed while its shards were still wanted")
             pause = min(SLOWEST_POLL, 2 * pause)
             if time.monotonic() - spoke > patience:
                 spoke, patience = time.monotonic(), REMIND

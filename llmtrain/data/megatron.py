@@ -198,7 +198,7 @@ def nanogpt_documents(
     in which the id does not occur.
     """
     file = Path(file)
-    begin, dtype, tokens = _flat_layout(file)
+    begin, dtype, tokens = flat_layout(file)
     with file.open("rb") as opened:
         opened.seek(begin)
         leads = begin > 0 or _read_ids(file, opened, min(1, tokens), dtype).tolist() == [eos_id]
@@ -237,7 +237,7 @@ def _parts(ids: NDArray[Any], cuts: NDArray[np.int64]) -> Iterator[tuple[NDArray
     yield ids[first:], False
 
 
-def _flat_layout(path: Path) -> tuple[int, np.dtype[Any], int]:
+def flat_layout(path: Path) -> tuple[int, np.dtype[Any], int]:
     """Where a flat file's ids begin in bytes, their dtype, and how many there are."""
     size = _size(path)
     with path.open("rb") as file:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -93,6 +93,34 @@ def look(data: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Prepared:
     header = Header(tokenizer.fingerprint, tokenizer.vocab_size, data.boundary)
     sources = {name: _source(name, source, data, header, cache_dir) for name, source in data.sources.items()}
     return Prepared(tokenizer, sources, cache_dir, int(data.remote_cache_gb * 10**9))
+
+
+class OnDemand:
+    """Makes a part when somebody waits for it, in this process, and no other."""
+
+    error: UserError | None = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def schedule(self, order: Mapping[str, Sequence[int]], weights: Mapping[str, float]) -> None:
+        """There is no order but that of the questions."""
+
+    def want(self, preparation: Preparation, numbers: Sequence[int]) -> None:
+        """What is only wanted is not made."""
+
+    def need(self, preparation: Preparation, number: int) -> None:
+        """Make it now, unless another process does."""
+        preparation.begin()
+        with cache_errors(preparation.directory, f"source {preparation.name}"):
+            make(preparation.task(number), self._tokenizer, lambda *_: None)
+        preparation.finish()
+
+    def check(self) -> None:
+        """Somebody else makes the part."""
+
+    def close(self) -> None:
+        """Nothing is under way."""
 
 
 def check_inputs(data: DataConfig) -> None:
@@ -314,9 +342,13 @@ def _already_prepared(
         train = Path(source.location).expanduser()
         beside = train.resolve().parent / VALIDATION
     itself = absolute(train) == absolute(beside)
-    splits = [train] if itself or not is_prepared(beside) else [train, beside]
-    for split in splits:
-        found = open_place(split, name, cache_dir, remote_bytes(data)).header
+    opened = [open_place(train, name, cache_dir, remote_bytes(data))]
+    if not itself and is_prepared(beside):
+        held_out = open_place(beside, name, cache_dir, remote_bytes(data))
+        if held_out.fingerprint == f"{opened[0].fingerprint} {VALIDATION}":  # not another source's
+            opened.append(held_out)
+    for split, shards in zip((train, beside), opened, strict=False):
+        found = shards.header
         for key in ("tokenizer", "boundary"):
             there, asked = getattr(found, key), getattr(header, key)
             if there != asked:
@@ -324,7 +356,7 @@ def _already_prepared(
                     f"data.sources.{name}.path={split} was prepared with {key} {there}, not {asked}:"
                     f" set {'tokenizer' if key == 'tokenizer' else 'data.boundary'} to that, or prepare again"
                 )
-    return PreparedSource(train, beside if len(splits) > 1 else None)
+    return PreparedSource(train, beside if len(opened) > 1 else None)
 
 
 # The tokenizer

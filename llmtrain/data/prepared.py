@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from llmtrain.data.growing import GrowingShards, Preparation
+from llmtrain.config import UserError
+from llmtrain.data.growing import Crew, GrowingShards, Preparation
 from llmtrain.data.readers.files import holds, is_url
 from llmtrain.data.shards import INDEX, LocalShards, ShardedSource, Shards
 from llmtrain.data.tokenizing import QUARANTINE, TRAIN, VALIDATION
-from llmtrain.data.workers import Crew
 from llmtrain.tokenizer import Tokenizer
 
 
@@ -26,6 +26,14 @@ class PreparedSource:
     """What makes them, where they are made from text."""
 
 
+@runtime_checkable
+class Closing(Protocol):
+    """Shards that somebody fetches."""
+
+    def close(self) -> None:
+        """Fetch no more."""
+
+
 @dataclass
 class Prepared:
     """The tokenizer and the shards of every source, by name; some may still be on their way."""
@@ -38,12 +46,23 @@ class Prepared:
     """How much of them."""
     crew: Crew | None = None
     """The processes that make shards in the background, where they are this process's."""
+    _opened: list[Shards] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def complete(self) -> bool:
         """Whether every shard of every source is there."""
         preparations = [source.preparation for source in self.sources.values()]
         return all(preparation is None or preparation.complete for preparation in preparations)
+
+    @property
+    def error(self) -> UserError | None:
+        """Why this process makes no more shards, where that is so."""
+        return self.crew.error if self.crew else None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some shards have to be fetched."""
+        return any(isinstance(source.train, str) for source in self.sources.values())
 
     def complete_sources(self) -> Prepared:
         """Only those sources whose shards are all there."""
@@ -78,7 +97,9 @@ class Prepared:
             return GrowingShards(making, split, self.crew)
         where = source.train if split == TRAIN else source.validation
         assert where is not None
-        return open_place(where, name, self.cache_dir, self.remote_bytes)
+        shards = open_place(where, name, self.cache_dir, self.remote_bytes)
+        self._opened.append(shards)
+        return shards
 
     def schedule(self, order: Mapping[str, Sequence[int]], weights: Mapping[str, float]) -> None:
         """Have shards made in the order in which training comes to them.
@@ -93,6 +114,12 @@ class Prepared:
         """Stop making shards, at once; what is there stays, and the rest is made by the next who asks."""
         if self.crew is not None:
             self.crew.close()
+        for source in self.sources.values():
+            if source.preparation is not None:
+                source.preparation.closed.set()
+        for shards in self._opened:
+            if isinstance(shards, Closing):
+                shards.close()
 
     def rejected(self, name: str) -> dict[str, int]:
         """How many records of a source gave no document so far, by reason."""

@@ -238,9 +238,12 @@ class RemoteShards:
 
     def _await(self, fetch: _Fetch) -> None:
         speak = time.monotonic() + SPEAK_AFTER
-        while not fetch.done.wait(max(0.0, speak - time.monotonic())):
-            logger.info("waiting for %s: %s", self.name, self._progress(fetch))
-            speak = time.monotonic() + SPEAK_EVERY
+        while not fetch.done.wait(POLL):
+            if self._closed:
+                raise RuntimeError(f"{self.url} was closed while its shards were still wanted")
+            if time.monotonic() > speak:
+                logger.info("waiting for %s: %s", self.name, self._progress(fetch))
+                speak = time.monotonic() + SPEAK_EVERY
         if fetch.error is not None:
             raise fetch.error
 

@@ -8,21 +8,22 @@
 
 All processes of a machine share the cache: a shard is fetched once, and every byte under remote/ counts
 against the limit, those that are still to arrive too. All locks are flocks, which the kernel takes back
-however a process ends.
+however a process ends; on a file system without them the cache is for one process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from llmtrain.config import UserError
+from llmtrain.data.artefacts import take_flock
 from llmtrain.files import sync
 
 GRACE = 10.0
@@ -144,13 +145,22 @@ def lock_of(shard: Path) -> Path:
     return shard.with_name(f".{shard.name}.lock")
 
 
+_THREADS: dict[Path, threading.Lock] = {}
+"""What keeps the threads of this process apart, also where the file system knows no locks."""
+
+
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold an flock; gives whether it is held, which is always so after waiting."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    """Hold an flock; gives whether it is held, which is always so after waiting.
+
+    Where the file system knows no locks it only holds among the threads of this process.
+    """
+    among_threads = _THREADS.setdefault(path, threading.Lock())
+    if not among_threads.acquire(blocking=wait):
+        yield False
+        return
+    try:
+        with path.open("a") as file:
+            yield take_flock(file.fileno(), wait)
+    finally:
+        among_threads.release()

@@ -46,7 +46,7 @@ from llmtrain.data.shard_format import (
     shard_path,
 )
 from llmtrain.data.shard_writer import ShardWriter, write_index
-from llmtrain.files import allow_open_files
+from llmtrain.files import allow_open_files, sync
 
 __all__ = [
     "INDEX", "Header", "LocalShards", "Origin", "ShardWriter", "ShardedSource", "Shards", "load_index",
@@ -252,12 +252,13 @@ class ShardedSource:
         """
         path = self._shards.directory / f"{name}-{self.fingerprint[:16]}.int64"
         try:
-            if not path.exists():
+            if not path.exists() or path.stat().st_size != 8 * self.shards:
                 aside = path.with_name(f".{path.name}.{os.getpid()}")
                 np.full(self.shards, -1, "<i8").tofile(aside)
+                sync(aside)
                 aside.replace(path)
             return np.memmap(path, "<i8", "r+", shape=(self.shards,)).view(np.ndarray)
-        except (OSError, ValueError):
+        except OSError:
             return np.full(self.shards, -1, np.int64)
 
     def inputs(self, shard: int) -> list[dict[str, Any]]:

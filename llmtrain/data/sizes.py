@@ -8,11 +8,12 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from llmtrain.data import readers
 from llmtrain.data.config import DataConfig, SourceConfig
-from llmtrain.data.megatron import megatron_documents
+from llmtrain.data.megatron import flat_layout, megatron_documents
 from llmtrain.data.plan import Size
 from llmtrain.data.readers.files import CHUNK, open_raw
 from llmtrain.data.readers.files import _unpack_zstd as unpack_zstd
@@ -90,7 +91,7 @@ def estimate(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer | None
 
 _TOKEN_BYTES: dict[str, Callable[[Slice], int]] = {
     "megatron": lambda piece: int(megatron_documents(piece.file).lengths.sum()),
-    "nanogpt": lambda piece: (piece.size or 0) // 2,  # uint16; a header is too short to matter
+    "nanogpt": lambda piece: flat_layout(Path(piece.file))[2],
 }
 """Tokens of a slice in the formats that are tokens already."""
 

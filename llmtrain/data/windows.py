@@ -145,16 +145,25 @@ class BestFit:
 
     @property
     def at_once(self) -> bool:
-        return bool((self._counts >= 0).all())
+        return bool((self._counts >= 0).all()) and self._are_plausible()
 
     @property
     def total(self) -> int | None:
         return int(self._counts.sum()) if self.at_once else None
 
     def sizes(self, shards: np.ndarray) -> np.ndarray:
-        for shard in shards[self._counts[shards] < 0].tolist():
+        for shard in shards[~self._may_be_right(shards)].tolist():
+            self._counts[shard] = -1
             self._packing(shard)
         return np.array(self._counts[shards])
+
+    def _may_be_right(self, shards: np.ndarray) -> np.ndarray:
+        """Whether the counts that were remembered have room for the shards' tokens, bool [shards]."""
+        tokens, room = self.source.lengths(shards), self._counts[shards] * (self.seq_len + 1)
+        return (self._counts[shards] >= 0) & (room >= tokens) & ((self._counts[shards] == 0) == (tokens == 0))
+
+    def _are_plausible(self) -> bool:
+        return self.source.complete and bool(self._may_be_right(np.arange(self.source.shards)).all())
 
     def pieces(self, units: list[Piece]) -> list[Piece]:
         return [

@@ -172,6 +172,8 @@ class Crew:
         self._ordered, self._stopped = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
+        self._fault: Preparation | None = None
+        """Whose text was at fault, where it was one's."""
 
     def run(self) -> None:
         """Make all parts; UserError where one cannot be made."""
@@ -189,6 +191,11 @@ class Crew:
         self._thread.start()
         atexit.register(self.close)
 
+    @property
+    def error(self) -> UserError | None:
+        """Why no more parts are made, where that is so."""
+        return self._error
+
     def close(self) -> None:
         """Stop at once: nobody is alive any more when this returns."""
         self._stopped.set()
@@ -203,6 +210,10 @@ class Crew:
             raise self._error
         if self._stopped.is_set():
             raise RuntimeError("the preparation was closed while its shards were still wanted")
+
+    def need(self, preparation: Preparation, number: int) -> None:
+        """This part is waited for."""
+        self.want(preparation, [number])
 
     def want(self, preparation: Preparation, numbers: Sequence[int]) -> None:
         """These parts come first from now on, in this order."""
@@ -234,7 +245,9 @@ class Crew:
         try:
             if self._recheck:
                 for preparation in self._preparations():
+                    self._fault = preparation
                     preparation.check(preparation.done())
+            self._fault = None
             self.run()
         except UserError as error:
             self._fail(error)
@@ -244,7 +257,7 @@ class Crew:
 
     def _fail(self, error: UserError) -> None:
         self._error = error
-        for preparation in self._preparations():
+        for preparation in [self._fault] if self._fault else self._preparations():
             with suppress(OSError):  # a full disk: those who wait in this process hear of it anyway
                 if not preparation.complete:
                     preparation.fail(error)
@@ -315,6 +328,7 @@ class Crew:
         worker.job = None
         if kind == "error":
             lines, exit_code = content
+            self._fault = job.preparation
             raise UserError(*lines, exit_code=exit_code)
         if kind == "elsewhere":
             self._elsewhere[job.key] = time.monotonic()
@@ -323,7 +337,9 @@ class Crew:
             self._open.discard(job.key)
             finished = not any(directory == job.key[0] for directory, _ in self._open)
         if finished:
+            self._fault = job.preparation
             job.preparation.finish()
+            self._fault = None
 
     def _bury(self, worker: _Worker) -> None:
         job, code = worker.job, worker.process.wait()

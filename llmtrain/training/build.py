@@ -61,6 +61,8 @@ class Run:
     """Steps in a row that were not applied."""
     losses: SourceLosses = field(default_factory=SourceLosses)
     loggers: Sequence[Logger] = ()
+    waits: bool = False
+    """Whether text may still be on its way when a step needs it; the same on every rank."""
     reported: float = -math.inf
     """When the last report was written, on the monotonic clock."""
 
@@ -164,6 +166,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
         checkpoint=checkpoint,
         stop=stop,
         step=step,
+        waits=distributed.broadcast_object(prepared.is_remote or not prepared.complete),
         schedule=config.scheduler.build(config.max_steps),
         callbacks=[EvaluationCallback(config.callbacks.evaluation), SampleCallback(config.callbacks.sample)],
     )

@@ -86,6 +86,7 @@ def evaluate_model(
     rows: int,
     documents: Documents,
     documents_limit: int | None,
+    boundary_targets: bool | None = None,
     world: World,
     baselines: Baselines | None = None,
 ) -> dict[str, Any]:
@@ -93,14 +94,17 @@ def evaluate_model(
 
     `loss(batch)` sums each row's target losses [rows] without gradient; it gets `rows` rows at a time and is
     called equally often on every rank. Sums are float64 and over all ranks, so that neither ranks nor rows
-    change the result beyond rounding. `documents` and `documents_limit` are those of `HeldOut`.
+    change the result beyond rounding. `documents`, its limit and `boundary_targets` are those of `HeldOut`.
     The unigram baseline is computed by the main rank alone and is None on the others.
     """
     if not held_out:
         raise UserError(
             "no held-out documents: data.validation_fraction was 0, or too small for so little text"
         )
-    texts = [HeldOut(source, seq_len, rows, documents_limit, documents) for source in held_out.values()]
+    texts = [
+        HeldOut(source, seq_len, rows, documents_limit, documents, boundary_targets)
+        for source in held_out.values()
+    ]
     seed = None if baselines is None else baselines.seed
     sums = torch.stack([_sum_losses(loss, text, world, seed) for text in texts])
     totals = distributed.all_reduce_sum(sums).tolist()

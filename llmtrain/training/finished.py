@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from llmtrain.config import UserError, describe
 from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import is_same_text
-from llmtrain.data.prepare import Prepared, look, prepare
+from llmtrain.data.prepare import OnDemand, look
+from llmtrain.data.prepared import Prepared
 from llmtrain.data.shards import ShardedSource
 from llmtrain.model import Decoder
 from llmtrain.tokenizer import Tokenizer, load_tokenizer
@@ -51,14 +52,15 @@ def open_sources(
 ) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
     """Training and held-out text of a run: the shards it reads, or the same text prepared again.
 
-    Of a run whose text is still on its way there is what is there; asking for more waits for it.
+    What is not there yet of a run that is at work is waited for, and made where no run is.
     """
     directory, limit = RunDirectory(path), int(config.data.remote_cache_gb * 10**9)
     places = directory.read_json("data/prepared.json") or {}
     prepared = Prepared.from_dict(tokenizer, places, config.cache_dir, limit)
     if not prepared.is_there():
-        again = look if directory.is_locked() else prepare
-        prepared = again(config.data, tokenizer, config.cache_dir)
+        prepared = look(config.data, tokenizer, config.cache_dir)
+        if not directory.is_locked():
+            prepared.crew = OnDemand(tokenizer)
     return prepared.open()
 
 

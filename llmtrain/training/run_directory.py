@@ -33,10 +33,13 @@ SECRET_NAME = re.compile(
     r"(^|_)(token|secret|password|passwd|credentials?|apikey|(api|access|auth|private|secret|account)_key)$|^key$",
     re.IGNORECASE,
 )
-# Hugging Face, OpenAI, GitHub, AWS and wandb tokens, and a password inside a URL.
+# Hugging Face, OpenAI, GitHub, AWS and wandb tokens; a password inside a URL, which may hold an @ itself; and
+# what signs a URL, of which the name (`kept`) stays.
 SECRET_VALUE = re.compile(
-    r"\b(hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|wandb_v1_\w{20,})"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"\b(?:hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|wandb_v1_\w{20,})"
+    r"|(?<=://)[^/\s:@]*:[^/\s]+(?=@)"
+    r"|(?P<kept>(?i:[?&;](?:[\w.-]*[_.-])?(?:sig|signature|token|secret|passw(?:or)?d|credentials?|api_?key)="
+    r"|[?&;](?:key|(?:access|auth|private|secret|account)[_-]key)=))[^&;#\s\"'<]+"
 )
 
 
@@ -260,8 +263,12 @@ def redact(value: Any, name: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [redact(inner, name) for inner in value]
     if isinstance(value, str) and value:
-        return LEFT_OUT if SECRET_NAME.search(name) else SECRET_VALUE.sub(LEFT_OUT, value)
+        return LEFT_OUT if SECRET_NAME.search(name) else SECRET_VALUE.sub(_without_secret, value)
     return value
+
+
+def _without_secret(found: re.Match[str]) -> str:
+    return (found["kept"] or "") + LEFT_OUT
 
 
 def write_atomically(file: Path, text: str) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
+import torch
+
+from llmtrain import distributed
 from llmtrain.config import ExitCode, UserError
-from llmtrain.data.batch import Batch
+from llmtrain.data.dataset import Batches
 from llmtrain.training.build import Run, describe_run
 from llmtrain.training.checkpoint import load_checkpoint, save_checkpoint, sweep
 from llmtrain.training.engine.engine import StepResult
@@ -20,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 MAX_SKIPPED = 3
 """Steps in a row with a gradient that is not finite after which a run ends."""
+
+DATA_POLL = 0.2
+"""Seconds after which ranks whose rows are not there look whether somebody wants to stop."""
 
 REPORT_SECONDS = 60.0
 """A report is written with a checkpoint at most this often: it reads all the metrics so far."""
@@ -38,9 +43,11 @@ def fit(run: Run) -> None:
             sink.close()
 
 
-def _loop(run: Run, batches: Iterator[Batch]) -> None:
+def _loop(run: Run, batches: Batches) -> None:
     """A step's line is logged before its checkpoint is saved: a kill between them only logs it again."""
     while not (run.finished or run.stop.agreed):
+        if run.waits and not _await_data(run, batches):
+            return
         began = time.perf_counter()
         lr = run.config.optimizer.lr * run.schedule(run.step + 1)
         result = run.engine.train_step(next(batches), lr, stop=run.stop.requested)
@@ -58,6 +65,34 @@ def _loop(run: Run, batches: Iterator[Batch]) -> None:
             _leave_out(run, result)
         if run.finished or result.stop or run.step % run.config.checkpoint.every == 0:
             save(run)
+
+
+def _await_data(run: Run, batches: Batches) -> bool:
+    """Wait until every rank has its rows; False where somebody asked to stop while some had not.
+
+    All ranks agree about it, so that none stands in a collective for one that never comes. The step that is
+    done is saved first, also where a rank's text cannot be read, which ends the run.
+    """
+    while True:
+        ready = batches.is_ready(DATA_POLL)
+        error = batches.error if ready else run.prepared.error
+        failed = error is not None
+        complete = all(source.complete for source in run.train_sources.values())
+        mine = [ready and not failed, failed, run.stop.requested, complete and not run.prepared.is_remote]
+        tensor = torch.tensor(mine, dtype=torch.int32, device=run.engine.device)
+        ready_ranks, failed_ranks, stops, complete_ranks = distributed.all_reduce_sum(tensor).tolist()
+        if (failed_ranks or (stops and ready_ranks < run.world.world_size)) and run.step:
+            save(run)
+        if failed_ranks:
+            if error is not None:
+                raise error
+            raise UserError(f"another rank cannot read its rows of step {run.step + 1}: see what it says")
+        if ready_ranks == run.world.world_size:
+            run.waits = complete_ranks < run.world.world_size
+            return True
+        if stops:
+            run.stop.agreed = True
+            return False
 
 
 def _log(run: Run, line: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from llmtrain.data.provenance import DocumentSpan, WindowOrigin, row_of, steps_o
 from llmtrain.data.shards import ShardedSource
 from llmtrain.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.training.build import build_dataset
+from llmtrain.training.checkpoint import checkpoints
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.finished import FinishedRun, LocalModel, open_sources, read_config
 from llmtrain.training.run_directory import RunDirectory
@@ -37,6 +38,8 @@ class RunData:
     tokenizer: Tokenizer
     sources: dict[str, ShardedSource]
     dataset: PackedDataset
+    step: int
+    """The last step that was trained."""
 
 
 def open_data(path: Path) -> RunData:
@@ -48,7 +51,9 @@ def open_data(path: Path) -> RunData:
     tokenizer = load_tokenizer(path / "tokenizer")
     sources, _ = open_sources(path, config, tokenizer)
     dataset = build_dataset(config, sources).resumed(order)
-    return RunData(path, config, tokenizer, sources, dataset)
+    logged = [line["step"] for line in directory.read_metrics()]
+    saved = [step for step, _ in checkpoints(directory.checkpoints)]
+    return RunData(path, config, tokenizer, sources, dataset, max([0, *logged, *saved]))
 
 
 # Steps -> documents
@@ -69,6 +74,7 @@ def rows_at(data: RunData, step: int, row: int | None = None) -> Iterator[dict[s
         yield {
             "step": step,
             "row": number,
+            "trained": step <= data.step,
             "source": origin.source,
             "pass": origin.epoch,
             "span": origin.span,

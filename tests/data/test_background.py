@@ -61,6 +61,8 @@ def wait_for(prepared: Prepared, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not all(source.complete for source in prepared.open()[0].values()):
         assert time.monotonic() < deadline
+        if prepared.crew is not None:
+            prepared.crew.check()
         time.sleep(0.05)
 
 
@@ -166,11 +168,12 @@ def test_an_error_reaches_everybody_who_waits(file: Path, tmp_path: Path) -> Non
                 elsewhere.path(shard)
         caught.append(error.value)
 
-    waiting = threading.Thread(target=wait)
+    waiting = threading.Thread(target=wait, daemon=True)  # one that waits for ever must not keep us
     waiting.start()
     with pytest.raises(UserError, match=r"malformed JSON.*data.bad_records=raise stops here") as here:
         wait_for(prepared)
     waiting.join(timeout=20)
+    assert not waiting.is_alive(), "it was never told"
     assert [error.lines for error in caught] == [here.value.lines]
     prepared.close()
     # Mended by another rule, the old error is forgotten.
@@ -179,6 +182,45 @@ def test_an_error_reaches_everybody_who_waits(file: Path, tmp_path: Path) -> Non
     wait_for(again)
     assert again.rejected("one") == {"malformed JSON": 1}
     again.close()
+
+
+def test_one_who_waits_already_hears_of_a_failure(file: Path, tmp_path: Path) -> None:
+    """Without workers of its own: the shard that another process failed at never comes."""
+    config = one(file)
+    header = prepare_module.Header(BytesTokenizer().fingerprint, 258, "bos_eos")
+    preparation = growing.Preparation("one", config.sources["one"], config, header, tmp_path / "cache")
+    preparation.begin()
+    heard: list[list[str]] = []
+
+    def wait() -> None:
+        try:
+            growing.GrowingShards(preparation, "train").path(3)
+        except UserError as error:
+            heard.append(list(error.lines))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    time.sleep(0.3)
+    assert waiting.is_alive() and not heard
+    preparation.fail(UserError("the disk is full"))
+    waiting.join(timeout=10)
+    assert not waiting.is_alive() and heard == [["the disk is full"]]
+
+
+def test_parts_of_laxer_rules_are_found_out_before_anything_is_made(file: Path, tmp_path: Path) -> None:
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[:20] = [b"{broken\n"] * 20
+    file.write_bytes(b"".join(lines))
+    some = prepare(one(file, max_bad_fraction=1.0), BYTES, tmp_path / "cache", part=(1, 2), workers=1)
+    train = some.sources["one"].train
+    assert isinstance(train, Path) and not some.complete
+    there = sorted(path.name for path in train.glob("shard-*"))
+    assert "shard-00000" in there
+    strict = prepare(one(file), BYTES, tmp_path / "cache", background=True, workers=1)
+    with pytest.raises(UserError, match=rf"data.sources.one.path={file}: of .*20 are bad \(20 malformed"):
+        wait_for(strict)
+    strict.close()
+    assert sorted(path.name for path in train.glob("shard-*")) == there
 
 
 def test_a_rank_without_workers_only_waits(

@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -393,6 +394,19 @@ def test_known_sizes_are_not_measured(tmp_path: Path) -> None:
     sizes = source_sizes(data, None, lambda name, source: {"ready": 77}[name])
     assert sizes == {"bare": Size(123, True, "declared"), "ready": Size(77, True, "prepared")}
     assert [needs_tokenizer(source) for source in data.sources.values()] == [False, True]
+
+
+@pytest.mark.parametrize("magic", [None, 20240520, 20240801])
+def test_files_of_tokens_are_counted_by_their_headers(tmp_path: Path, magic: int | None) -> None:
+    """nanoGPT's uint16 ids alone; those of llm.c, uint16 or uint32, after a header of 256 int32."""
+    for name, count in (("a", 700), ("b", 300)):
+        header = np.zeros(0 if magic is None else 256, "<i4")
+        header[:3] = (magic, {20240520: 1, 20240801: 7}[magic], count) if magic else ()
+        ids = np.arange(count, dtype="<u4" if magic == 20240801 else "<u2")
+        (tmp_path / f"{name}.bin").write_bytes(header.tobytes() + ids.tobytes())
+    source = {"path": str(tmp_path), "format": "nanogpt", "weight": 1}
+    data = config({"a": source}, validation_fraction=0)
+    assert source_sizes(data, None, lambda *_: None)["a"].tokens == 1000
 
 
 def test_text_without_text_has_no_size(tmp_path: Path) -> None:

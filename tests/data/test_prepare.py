@@ -21,7 +21,8 @@ import pytest
 
 from llmtrain.config import UserError
 from llmtrain.data import prepare as prepare_module
-from llmtrain.data.artefacts import claimed, make_once
+from llmtrain.data import tokenizing
+from llmtrain.data.artefacts import claimed, make_once, publish
 from llmtrain.data.config import DataConfig
 from llmtrain.data.prepare import (
     PreparedSource,
@@ -396,6 +397,46 @@ def test_the_share_of_bad_records_is_that_of_the_whole_file(
     file.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=r"of 3,000 records of .*, 7 are bad"):
         prepare(one(file), BYTES, tmp_path / "cache")
+
+
+def test_the_worst_file_is_the_one_with_the_largest_share(tmp_path: Path) -> None:
+    """More bad records in a long file are fewer of a hundred; what is remembered is held to later rules."""
+    (tmp_path / "many").mkdir()
+    for name, count, bad in (("long", 3000, 9), ("short", 100, 3)):
+        lines = [json.dumps({"text": f"{name} {text}"}) for text in some_texts(count)]
+        lines[:bad] = ["{"] * bad
+        (tmp_path / "many" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    made = prepare(one(tmp_path / "many", max_bad_fraction=1.0), BYTES, tmp_path / "cache")
+    assert made.rejected("one") == {"malformed JSON": 12}
+    with pytest.raises(UserError, match=r"of 100 records of \S*short\.jsonl that were read, 3 are bad"):
+        prepare(one(tmp_path / "many", max_bad_fraction=0.01), BYTES, tmp_path / "cache")
+
+
+def test_a_kill_between_the_two_splits_loses_no_held_out_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part without its training shard is not done, so that one comes last."""
+
+    class Killed(BaseException):
+        pass
+
+    def publish_once(aside: Path, target: Path) -> None:
+        if published:
+            raise Killed
+        published.append(target)
+        publish(aside, target)
+
+    file = write_texts(tmp_path / "a.jsonl", some_texts(200))
+    published: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizing, "publish", publish_once)
+        with pytest.raises(Killed):
+            prepare(one(file), BYTES, tmp_path / "cache", workers=1)
+    assert len(published) == 1  # one of the two is there
+    prepared = prepare(one(file), BYTES, tmp_path / "cache", workers=1).sources["one"]
+    reference = prepare(one(file), BYTES, tmp_path / "reference", workers=1).sources["one"]
+    assert tokens_of(prepared.validation) == tokens_of(reference.validation) != []
+    assert hash_of(prepared) == hash_of(reference)
 
 
 def parts_of(text: str) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -402,6 +403,37 @@ def test_a_limit_below_one_shard_is_refused(server: Server, prepared: Path, tmp_
     shards = open_remote(server.url, tmp_path, size - 1, "web")
     with pytest.raises(UserError, match=rf"data.remote_cache_gb=.*shard-00000.*\({size} bytes\)"):
         shards.path(0)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks(
+    code: int, server: Server, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads of a process still keep out of each other's way."""
+
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    limit = 20_000 + 2 * _files(prepared, 0)
+    shards = open_remote(server.url, tmp_path, limit, "web")
+    shards.want(range(SHARDS))
+    _same(shards, prepared)
+    assert _bytes(tmp_path) <= limit
+    lock = tmp_path / ".lock"
+    with remote_cache.locked(lock) as held, remote_cache.locked(lock, wait=False) as again:
+        assert (held, again) == (True, False)
+    with remote_cache.locked(lock, wait=False) as free:
+        assert free
+
+
+def test_an_error_that_is_about_no_locks_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match="broken"), remote_cache.locked(tmp_path / ".lock"):
+        pass
 
 
 SCRIPT = """

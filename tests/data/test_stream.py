@@ -300,6 +300,20 @@ def test_best_fit_keeps_few_packings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(stream._cutting._packings) <= 5  # type: ignore[attr-defined]
 
 
+def test_windows_that_were_counted_otherwise_are_refused() -> None:
+    """What is remembered of a shard says where all later windows are: a wrong number shifts them."""
+    source = numbered([[2 * L, 3], [5, L], [3 * L]])
+    for k in range(sum(stream_sizes(fitted(source)))):
+        fitted(source).serve(k)
+    (counts,) = source.memory.values()
+    assert (counts > 0).all()
+    counts[1] += 1
+    stream = fitted(source)
+    with pytest.raises(UserError, match=rf"shard 1 was counted as {counts[1]} windows of {L} and has"):
+        for k in range(int(counts.sum())):
+            stream.serve(k)
+
+
 # The inverse
 
 

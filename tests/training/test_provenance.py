@@ -130,6 +130,25 @@ def test_a_question_without_an_answer_says_why(ranks, tiny, tmp_path_factory, qu
         list(where(directory / "run", question))
 
 
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"step": "1", "loss": "yes"}, r"loss=yes: must be true or false"),
+        ({"step": "1", "until": "9"}, r"until=9: goes with document= or text=, not with step="),
+        ({"step": "1", "most": "9"}, r"most=9: goes with text=, not with step="),
+        ({"document": "a:1", "row": "2"}, r"row=2: goes with step=, not with document="),
+        ({"text": "a", "row": "2"}, r"row=2: goes with step=, not with text="),
+        ({"document": "a:1", "loss": "true"}, r"loss=true: goes with step=, not with document="),
+        ({"text": "a", "loss": "false"}, r"loss=false: goes with step=, not with text="),
+        ({"document": "a:1", "most": "2"}, r"most=2: goes with text=, not with document="),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(tmp_path, question, message):
+    """Before anything is opened: there is no run here."""
+    with pytest.raises(UserError, match=message):
+        list(where(tmp_path, question))
+
+
 def test_the_command_answers_with_losses_as_json(ranks, tiny, tmp_path):
     ranks.run([*tiny, "max_steps=2"], 1, tmp_path)
     command = [sys.executable, "-m", "llmtrain.where", str(tmp_path / "run"), "step=2", "row=3"]

@@ -252,6 +252,38 @@ def test_the_config_is_written_without_secrets_and_with_everything_else(run: Run
 
 
 @pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://x.net/a?se=2030&sig=CANARY%3D&sp=r", f"https://x.net/a?se=2030&sig={LEFT_OUT}&sp=r"),
+        ("s3://b/a?X-Amz-Date=7&X-Amz-Signature=CANARY", f"s3://b/a?X-Amz-Date=7&X-Amz-Signature={LEFT_OUT}"),
+        ("s3://b/a?X-Amz-Security-Token=CANARY/+=#x", f"s3://b/a?X-Amz-Security-Token={LEFT_OUT}#x"),
+        ("s3://b/a?X-Amz-Credential=CANARY", f"s3://b/a?X-Amz-Credential={LEFT_OUT}"),
+        ("https://x.net/a?token=CANARY", f"https://x.net/a?token={LEFT_OUT}"),
+        ("x.net/a?n=1&access_token=CANARY or b", f"x.net/a?n=1&access_token={LEFT_OUT} or b"),
+        ("https://x.net/a?api_key=CANARY&key=CANARY", f"https://x.net/a?api_key={LEFT_OUT}&key={LEFT_OUT}"),
+        ("https://me:CANARY@x.net/a?b=me@home", f"https://{LEFT_OUT}@x.net/a?b=me@home"),
+        ("https://me:CAN@A?R#Y@x.net/a", f"https://{LEFT_OUT}@x.net/a"),
+        ("redis://:CANARY@x.net", f"redis://{LEFT_OUT}@x.net"),
+        ("zip://a.json::s3://me:CANARY@b/c", f"zip://a.json::s3://{LEFT_OUT}@b/c"),
+    ],
+)
+def test_secrets_in_urls(url: str, expected: str) -> None:
+    assert redact({"path": [url]}) == {"path": [expected]}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://x.net:80/a?b=me@home&design=7&tokens=3&monkey=1&text_key=title",
+        "data.max_tokens=3, sig=nothing",
+        "s3://me@bucket/a:b",
+    ],
+)
+def test_urls_without_secrets_stay(url: str) -> None:
+    assert redact(url) == url
+
+
+@pytest.mark.parametrize(
     "name", ["key", "password", "hf_token", "WANDB_API_KEY", "client_secret", "aws_credentials"]
 )
 def test_names_of_secrets(name: str) -> None:

@@ -55,6 +55,7 @@ class EvaluationCallback:
             rows=run.config.micro_batch_size,
             documents=run.config.data.documents,
             documents_limit=self._config.documents,
+            boundary_targets=run.config.data.trains_boundaries,
             world=run.world,
             baselines=self._baselines(run, step) if run.finished else None,
         )
