@@ -70,6 +70,8 @@ class Slice(NamedTuple):
     """What a document's position counts: `byte`, or `row`."""
     size: int | None
     """Bytes on disk, for progress and order; None where nobody knows."""
+    mark: str = ""
+    """Size and time of a file on this machine when the input was cut; nothing where that is not watched."""
 
 
 class Part(NamedTuple):

@@ -15,8 +15,7 @@ from llmtrain.data import readers
 from llmtrain.data.config import DataConfig, SourceConfig
 from llmtrain.data.megatron import flat_layout, megatron_documents
 from llmtrain.data.plan import Size
-from llmtrain.data.readers.files import CHUNK, open_raw
-from llmtrain.data.readers.files import _unpack_zstd as unpack_zstd
+from llmtrain.data.readers.files import CHUNK, open_raw, unpack_zstd
 from llmtrain.data.readers.formats import compression, file_format
 from llmtrain.data.records import Record, Rejected, Slice, TokenDocument
 from llmtrain.tokenizer.base import Tokenizer

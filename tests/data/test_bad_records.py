@@ -19,6 +19,7 @@ import pytest
 from llmtrain.config import UserError
 from llmtrain.data import readers
 from llmtrain.data.config import SourceConfig
+from llmtrain.data.readers import json_array, jsonl
 from llmtrain.data.records import KEPT_BYTES, REASONS, Document, Record, Rejected, Slice
 
 LIMIT = 20_000
@@ -255,11 +256,149 @@ def test_malformed_elements_of_an_array_are_rejected_alone(tmp_path: Path) -> No
     (tmp_path / "a.json").write_bytes(
         b"\xef\xbb\xbf [" + b", ".join([obj("first"), *bad, obj("last")]) + b", ] \n"
     )
-    first, *found, last = read(tmp_path / "a.json")
-    assert (first[0], last[0]) == ("first", "last")
+    first, *found, last, empty = read(tmp_path / "a.json")
+    assert (first[0], last[0], empty[0]) == ("first", "last", "malformed JSON")
     reasons = [record.reason for record in found if isinstance(record, Rejected)]
     assert reasons == ["malformed JSON"] * 5 + ["not an object"] * 3
     assert [record.record for record in found if isinstance(record, Rejected)] == bad
+
+
+@pytest.mark.parametrize("content", [b"[%s,,%s,]", b"[ %s , , %s , ] ", b"[\n%s,\n,\n%s,\n]\n"])
+def test_empty_elements_are_counted(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content % (obj("a"), obj("b")))
+    records = read(file)
+    assert [record[0] for record in records] == ["a", "malformed JSON", "b", "malformed JSON"]
+    for record in records:
+        piece = Slice(str(file), record.position, record.position + 1, "byte", None)
+        assert list(readers.read(source(file), piece, LIMIT)) == [record]
+    file.write_bytes(b"[,]")
+    assert [record[0] for record in read(file)] == ["malformed JSON"] * 2
+    file.write_bytes(b"[ ]")
+    assert read(file) == []
+
+
+def element(number: int, text: str) -> dict[str, Any]:
+    """With objects inside that look like elements, before and after the text."""
+    inner = [{"text": "inner", "n": number}, {"text": "more", "n": {}}]
+    before = [*inner, {"text": '"}, {"'}]
+    return {"id": number, "before": before, "text": text, "inner": inner, "title": f"t{number}"}
+
+
+STYLES: dict[str, tuple[int | None, str, str, str]] = {
+    "one a line": (None, "[\n", ",\n", "\n]\n"),
+    "close to the brackets": (None, "[", ",\n", "]"),
+    "comma first": (None, "[\n  ", "\n, ", "\n]"),
+    "carriage returns": (None, "[\r\n", ",\r\n", "\r\n]"),
+    "pretty": (2, "[\n", ",\n", "\n]"),
+    "pretty, joined": (2, "[", ", ", "]"),
+    "pretty, a byte order mark": (1, "\ufeff[\n", ",\n", "]"),
+}
+
+
+def array(style: str, broken: tuple[int, ...], count: int) -> tuple[bytes, list[str]]:
+    """An array whose elements `broken` lack the quote that closes their text, and the others' texts."""
+    indent, begin, between, end = STYLES[style]
+    texts = [f'text {number}, "quoted" }}, {{ "x": \n{{"a": 1}}\n漢' for number in range(count)]
+    elements = []
+    for number, text in enumerate(texts):
+        content = json.dumps(element(number, text + "END"), ensure_ascii=False, indent=indent)
+        if indent and style != "pretty, joined":
+            content = "\n".join(" " * indent + line for line in content.split("\n"))
+        assert content.count('END"') == 1
+        elements.append(content.replace('END"', "END" if number in broken else 'END"'))
+    good = [text + "END" for number, text in enumerate(texts) if number not in broken]
+    return (begin + between.join(elements) + end).encode(), good
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 97])
+@pytest.mark.parametrize("broken", [(50, 450), (1, 2), (7,), (598, 599), (100, 200, 300)])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_quote_that_is_missing_costs_its_element_alone(
+    style: str, broken: tuple[int, ...], chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_array, "CHUNK", chunk)
+    content, good = array(style, broken, 600)
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    try:
+        records = read(file)
+    except UserError as error:  # the end of the last one is nobody's to tell where the bracket is on its line
+        assert broken[-1] == 599 and "in the element that begins at byte" in str(error)
+        return
+    assert [record.text for record in records if isinstance(record, Document)] == good
+    bad = [record for record in records if isinstance(record, Rejected)]
+    assert [record.reason for record in bad] == ["malformed JSON"] * len(broken)
+    for record in records[:: 1 if chunk > 97 else 50]:
+        piece = Slice(str(file), record.position, record.position + 1, "byte", None)
+        assert list(readers.read(source(file), piece, LIMIT)) == [record]
+
+
+@pytest.mark.parametrize("broken", [(50, 450), (0, 450), (0, 599), (1, 2), (7,), (0, 1)])
+@pytest.mark.parametrize(("begin", "end"), [("[", "]"), ("[\n", "\n]\n"), ("[ ", "\n]")])
+@pytest.mark.parametrize("between", [", ", ",", " , "])
+def test_where_all_is_on_one_line_nothing_is_lost_in_silence(
+    begin: str, between: str, end: str, broken: tuple[int, ...], tmp_path: Path
+) -> None:
+    STYLES["one line"] = (None, begin, between, end)
+    content, _ = array("one line", broken, 600)
+    (tmp_path / "a.json").write_bytes(content)
+    place = content.index(b'{"id": %d,' % broken[0])
+    with pytest.raises(UserError, match=rf"a\.json: .* in the element that begins at byte {place} "):
+        read(tmp_path / "a.json")
+
+
+def test_several_elements_a_line(tmp_path: Path) -> None:
+    lines = [", ".join(json.dumps({"text": f"{n} {m}"}) for m in range(5)) for n in range(9)]
+    content = "[\n" + ",\n".join(lines) + "\n]"
+    (tmp_path / "a.json").write_text(content)
+    assert len(read(tmp_path / "a.json")) == 45
+    for broken in [("0 0", "0 4"), ("0 1", "0 3"), ("4 0", "4 4"), ("2 2", "5 3"), ("3 4",)]:
+        mangled = content
+        for text in broken:
+            mangled = mangled.replace(f'"{text}"', f'"{text}')
+        (tmp_path / "a.json").write_text(mangled)
+        try:
+            assert len(records := read(tmp_path / "a.json")) == 45
+            assert sum(isinstance(record, Rejected) for record in records) == len(broken)
+        except UserError as error:
+            assert "in the element that begins at byte" in str(error)
+
+
+def test_text_with_lines_of_its_own_costs_its_element_alone(tmp_path: Path) -> None:
+    """No JSON, but written by hand it happens: the ends of lines are not escaped."""
+    text = 'one\n{\n  "a": 2 }\n]\n}, three'.replace('"', r"\"")
+    elements = ['{"text": "good"}', f'{{"text": "{text}"}}', '{"text": "last"}']
+    for between in (", ", ",\n"):
+        (tmp_path / "a.json").write_text("[" + between.join(elements) + "]")
+        assert [record[0] for record in read(tmp_path / "a.json")] == ["good", "malformed JSON", "last"]
+
+
+def test_an_unclosed_string_does_not_swallow_the_file(tmp_path: Path) -> None:
+    lines = "\n".join(["some text"] * 200_000)
+    (tmp_path / "a.json").write_text('[\n{"text": "a},\n' + lines + '\n{"text": "b"}\n]')
+    with pytest.raises(
+        UserError, match=r"a\.json: a string is not closed in the element that begins at byte 2 "
+    ):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize("limit", [10, 1000, KEPT_BYTES, KEPT_BYTES + 1000])
+def test_what_is_kept_of_a_long_record_is_told_by_the_file_alone(
+    suffix: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / f"a.{suffix}"
+    long = [obj(str(number) * (limit + 7 * number * 1000)) for number in range(1, 9)]
+    content = b"\n".join(long) if suffix == "jsonl" else b"[" + b",\n".join(long) + b"]"
+    file.write_bytes(content)
+    for chunk in (1 << 20, 65_000, 4096, 777):
+        for module in (jsonl, json_array):
+            monkeypatch.setattr(module, "CHUNK", chunk)
+        records = read(file, limit)
+        assert [(r.record, r.size) for r in records if isinstance(r, Rejected)] == [
+            (line[:KEPT_BYTES], len(line)) for line in long
+        ]
 
 
 MEMORY = """

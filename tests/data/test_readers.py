@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from llmtrain.config import UserError
 from llmtrain.data import readers
 from llmtrain.data.config import DataConfig, SourceConfig
-from llmtrain.data.readers import cutting
+from llmtrain.data.readers import cutting, files
 from llmtrain.data.readers import json_array as json_array_module
 from llmtrain.data.readers import jsonl as jsonl_module
 from llmtrain.data.readers.fields import Fields
@@ -108,7 +108,9 @@ def test_records(name: str, write: Callable[[Path], None], unit: str, tmp_path: 
     readers.check(config)
     assert texts_of(config) == TEXTS
     (piece,) = slices_of(config)
-    assert piece == Slice(str(tmp_path / name), 0, None, unit, (tmp_path / name).stat().st_size)
+    stat = (tmp_path / name).stat()
+    mark = f"{stat.st_size} {stat.st_mtime_ns}"
+    assert piece == Slice(str(tmp_path / name), 0, None, unit, stat.st_size, mark)
     for record in read(config):
         (again,) = read(config, [piece._replace(start=record.position, stop=record.position + 1)])
         assert again == record
@@ -480,7 +482,8 @@ def test_parts_cover_the_input_in_order(tmp_path: Path) -> None:
         Slice(str(tmp_path / "f.jsonl"), n * 10 * mib, (n + 1) * 10 * mib, "byte", 10 * mib) for n in range(2)
     ]
     expected = [[a[0]], [a[1]], [a[2]], [whole("b.jsonl.gz")], [whole("c.jsonl"), whole("d.txt")]]
-    assert [list(part.slices) for part in parts] == [*expected, [whole("e.json"), f[0]], [f[1]]]
+    unmarked = [[piece._replace(mark="") for piece in part.slices] for part in parts]
+    assert unmarked == [*expected, [whole("e.json"), f[0]], [f[1]]]
     assert [part.size for part in parts][-2:] == [11 * mib, 10 * mib]
     assert parts == readers.parts(source(tmp_path))
 
@@ -524,7 +527,8 @@ def test_token_files(tmp_path: Path) -> None:
     for name in ("a", "a.bin", "a.idx", "", "*.idx", "*.bin"):
         config = source(tmp_path / name, format="megatron")
         readers.check(config)
-        assert slices_of(config) == [Slice(str(tmp_path / "a.bin"), 0, None, "row", 10)]
+        (piece,) = slices_of(config)
+        assert piece._replace(mark="") == Slice(str(tmp_path / "a.bin"), 0, None, "row", 10)
         found = [record for record in read(config) if isinstance(record, TokenDocument)]
         assert [(record.ids.tolist(), record.position) for record in found] == [([5, 6, 1], 0), ([7, 1], 1)]
     first = readers.fingerprint(config)
@@ -681,7 +685,7 @@ def test_config_cross_checks() -> None:
         ({}, "at least 1"),
         ({"a": {"path": "x"}}, "give weight .* or epochs"),
         ({"a": {"path": "x", "weight": 1, "epochs": 1}}, "give weight .* or epochs"),
-        ({"a": {"path": "x", "weight": 0}}, "greater than 0"),
+        ({"a": {"path": "x", "weight": -1}}, "greater than"),
         ({"a": {"path": "x", "epochs": -1}}, "greater than 0"),
         (
             {"a": {"path": "x", "weight": 1}, "b": {"path": "y", "epochs": 1}},
@@ -693,3 +697,172 @@ def test_config_cross_checks() -> None:
     ]:
         with pytest.raises(ValidationError, match=message):
             data(**sources)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".json.gz", ".txt.gz", ".txt.zst"])
+def test_a_compressed_file_of_no_bytes_is_damaged(suffix: str, tmp_path: Path) -> None:
+    import fsspec
+
+    path = tmp_path / f"a{suffix}"
+    path.touch()
+    kind = "gzip" if suffix.endswith("gz") else "zstd"
+    with pytest.raises(UserError, match=rf"a{suffix} is empty, not a {kind} file"):
+        read(source(path))
+    fsspec.filesystem("memory").pipe(f"/empty/a{suffix}", b"")
+    with pytest.raises(UserError, match=rf"a{suffix} is empty, not a {kind} file"):
+        read(source(f"memory://empty/a{suffix}"))
+    (tmp_path / "a.jsonl").touch()
+    assert read(source(tmp_path / "a.jsonl")) == []
+    path.write_bytes(gzip.compress(b" ") if kind == "gzip" else zstandard.compress(b" "))
+    if suffix.startswith(".jsonl"):
+        assert read(source(path)) == []
+
+
+def change_nothing(path: Path) -> None:
+    pass
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b'{"text": "new"}\n')
+
+
+def truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def rewrite(path: Path) -> None:
+    """The same size; only the time tells."""
+    stat = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"a", b"b"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("change", [append, truncate, rewrite, Path.unlink])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt"])
+def test_a_file_that_changes_while_it_is_read(
+    suffix: str, change: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where what it became is no longer whole: that it changed is the reason."""
+    monkeypatch.setattr(cutting, "SMALLEST", 1 << 12)
+    path = tmp_path / f"a{suffix}"
+    texts = [f"{number} " + "a" * 100 for number in range(1000)]
+    rng = random.Random(1)
+    content = {
+        ".jsonl": jsonl(texts),
+        ".jsonl.gz": gzip.compress(rng.randbytes(50) + jsonl(texts)),
+        ".json": json.dumps([{"text": text} for text in texts]).encode(),
+        ".txt": "\n".join(texts).encode(),
+    }
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=100)
+    else:
+        path.write_bytes(content[suffix])
+    config = source(path)
+    pieces = slices_of(config)
+    assert (len(pieces) > 1) == (suffix in (".jsonl", ".parquet"))
+    before = read(config, pieces)
+    assert len(before) == (1 if suffix == ".txt" else 1000)
+    records = readers.read(config, pieces[-1], LIMIT)
+    next(records)
+    change(path)
+    with pytest.raises(UserError, match=rf"a{suffix} has changed while it was prepared: .*start again"):
+        list(records)
+    for piece in pieces:
+        with pytest.raises(UserError, match="has changed while it was prepared"):
+            read(config, [piece])
+    if change in (append, rewrite) and suffix == ".jsonl":
+        assert read(config, [piece._replace(mark="") for piece in pieces])
+
+
+class Unsteady(http.server.BaseHTTPRequestHandler):
+    """Serves one file; answers a request for bytes beyond `after` with `status`, `times` times."""
+
+    content = b""
+    ranges, after, status, times, cut = True, 0, 503, 0, False
+    refused = 0
+
+    def do_HEAD(self) -> None:
+        self.begin(200, len(self.content))
+
+    def begin(self, status: int, size: int, *headers: tuple[str, str]) -> None:
+        self.send_response(status)
+        if self.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        for header in headers:
+            self.send_header(*header)
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        asked = self.headers.get("Range") if self.ranges else None
+        start, stop = 0, len(self.content)
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(stop, int(last) + 1 if last else stop)
+        late = start >= self.after if self.ranges else self.headers.get("Range") is None
+        if late and kind.refused < self.times:
+            kind.refused += 1
+            if not self.cut:
+                self.begin(self.status, 0)
+                return
+            self.begin(206 if asked else 200, stop - start, *self.range_of(asked, start, stop))
+            self.wfile.write(self.content[start : (start + stop) // 2])
+            self.close_connection = True
+            return
+        self.begin(206 if asked else 200, stop - start, *self.range_of(asked, start, stop))
+        self.wfile.write(self.content[start:stop])
+
+    def range_of(self, asked: str | None, start: int, stop: int) -> list[tuple[str, str]]:
+        return [("Content-Range", f"bytes {start}-{stop - 1}/{len(self.content)}")] if asked else []
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def unsteady(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Unsteady]]]:
+    """(address of a file on a web server of 300 kB that is asked for 64 kB at a time, its settings)."""
+    monkeypatch.setattr(jsonl_module, "CHUNK", 1 << 14)
+    monkeypatch.setattr(files, "_REMOTE_BLOCK", 1 << 16)
+    monkeypatch.setattr(files, "FIRST_DELAY", 0.01)
+
+    class Handler(Unsteady):
+        content = jsonl([f"{number} " + "a" * 250 for number in range(1000)])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a.jsonl", Handler
+        server.shutdown()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_server_that_stumbles_is_asked_again(
+    ranges: bool, cut: bool, unsteady: tuple[str, type[Unsteady]], caplog: pytest.LogCaptureFixture
+) -> None:
+    url, handler = unsteady
+    handler.ranges = ranges
+    config, size = source(url), len(handler.content)
+    pieces = [Slice(url, *edges, "byte", None) for edges in itertools.pairwise([0, 70_001, size])]
+    expected = read(config, pieces)
+    assert len(expected) == 1000
+    handler.after, handler.times, handler.cut = 100_000 if ranges else 0, 2, cut
+    assert read(config, pieces) == expected
+    assert handler.refused == 2
+    assert "attempt 2 of 8" in caplog.text  # and 3, unless each slice met one failure
+
+
+@pytest.mark.parametrize(("status", "asked"), [(503, 3), (404, 1), (401, 1), (403, 1)])
+def test_a_server_that_does_not_recover_ends_it(
+    status: int, asked: int, unsteady: tuple[str, type[Unsteady]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a further attempt cannot change is not tried again."""
+    url, handler = unsteady
+    monkeypatch.setattr(files, "TRIES", 3)
+    handler.after, handler.status, handler.times = 100_000, status, 99
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read: "):
+        read(source(url), [Slice(url, 0, None, "byte", None)])
+    assert handler.refused == asked

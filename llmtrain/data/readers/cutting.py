@@ -68,14 +68,14 @@ def _file_slices(file: InputFile, kind: str, limit: int) -> Iterator[Slice]:
     unit = "byte" if kind in ("jsonl", "json", "text") else "row"
     count = 1 if file.size is None else max(1, -(-file.size // limit))
     if kind not in ("jsonl", "parquet") or compression(file.name) or count == 1:
-        yield Slice(file.name, 0, None, unit, file.size)
+        yield Slice(file.name, 0, None, unit, file.size, file.stamp)
         return
     assert file.size is not None
     if kind == "jsonl":
         cuts = [file.size * number // count for number in range(count + 1)]
     else:
         cuts = _thinned(row_groups(file.name), count)
-    yield from _cut(file.name, cuts, unit, file.size)
+    yield from _cut(file.name, cuts, unit, file.size, file.stamp)
 
 
 def _thinned(places: list[int], count: int) -> list[int]:
@@ -87,11 +87,11 @@ def _thinned(places: list[int], count: int) -> list[int]:
     return sorted(chosen)
 
 
-def _cut(name: str, cuts: list[int], unit: str, size: int) -> Iterator[Slice]:
+def _cut(name: str, cuts: list[int], unit: str, size: int, mark: str = "") -> Iterator[Slice]:
     """Slices between cuts, which share the bytes on disk by their lengths."""
     whole = max(1, cuts[-1])
     for start, stop in pairwise(cuts):
-        yield Slice(name, start, stop, unit, size * stop // whole - size * start // whole)
+        yield Slice(name, start, stop, unit, size * stop // whole - size * start // whole, mark)
 
 
 def _dataset_slices(source: SourceConfig) -> Iterator[Slice]:

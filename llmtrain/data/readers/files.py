@@ -9,17 +9,31 @@ import functools
 import glob
 import gzip
 import io
+import logging
+import os
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from llmtrain.config import UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CHUNK = 1 << 20
 """Bytes read at a time."""
 _REMOTE_BLOCK = 8 << 20  # bytes a remote file is asked for at a time: a slice is read front to back
+TRIES = 8
+"""Attempts at a block of a remote file that fails for reasons that may pass."""
+FIRST_DELAY, MAX_DELAY = 0.5, 30.0
+"""Seconds before the second attempt, doubled from attempt to attempt, and the longest."""
+_TRANSIENT_LIBRARIES = {"aiohttp", "botocore", "fsspec", "gcsfs", "google", "azure", "requests", "urllib3"}
+_PERMANENT_STATUS = {400, 401, 403, 404, 405, 410}
+_PERMANENT = (ImportError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _MARKS = (
     "ETag", "etag", "checksum", "md5", "md5Hash", "Content-MD5", "Digest", "sha256", "blob_id", "generation",
     "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created",
@@ -35,6 +49,8 @@ class InputFile(NamedTuple):
     """Bytes on disk; None where the server does not say."""
     mark: str
     """Changes when the content may have changed."""
+    stamp: str = ""
+    """As `stamp_of` says; nothing for a URL."""
 
 
 def is_url(where: str) -> bool:
@@ -66,7 +82,20 @@ def _list_local(where: str, suits: Callable[[str], bool]) -> list[InputFile]:
 
 def _local(path: Path) -> InputFile:
     stat = path.stat()
-    return InputFile(str(path), stat.st_size, f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+    stamp = _stamp(stat)
+    return InputFile(str(path), stat.st_size, f"{path.resolve()} {stamp}", stamp)
+
+
+def stamp_of(name: str) -> str:
+    """Size and time of a file on this machine; nothing if it is gone."""
+    try:
+        return _stamp(Path(name).stat())
+    except OSError:
+        return ""
+
+
+def _stamp(stat: os.stat_result) -> str:
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _is_hidden(parts: tuple[str, ...] | list[str]) -> bool:
@@ -184,35 +213,63 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, filesystem: Any, path: str) -> None:
         super().__init__()
         self._filesystem, self._path = filesystem, path  # kept: an archive's file system closes its files
-        self._file = self._try(lambda: self._open(block_size=_REMOTE_BLOCK, cache_type="readahead"))
+        self._file: Any = None
+        self._place = 0  # the next byte to read
+        self._whole = False  # the server sends whole files only
+        self._retry(self._reopen)
 
     def _open(self, **options: Any) -> Any:
         return self._filesystem.open(self._path, "rb", **options)
 
-    @staticmethod
-    def _try(action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except OSError:
-            raise
-        except Exception as error:  # each of fsspec's file systems has errors of its own
-            raise OSError(f"{type(error).__name__}: {error}") from error
+    def _reopen(self) -> None:
+        """Open the file, again if it is open, at the place that has been reached."""
+        self._let_go()
+        if not self._whole:
+            self._file = self._open(block_size=_REMOTE_BLOCK, cache_type="readahead")
+            if self._place:
+                self._file.seek(self._place)
+            return
+        self._file = self._open(block_size=0)
+        left = self._place
+        while left and (passed := self._file.read(min(CHUNK, left))):
+            left -= len(passed)
+
+    def _retry(self, action: Callable[[], T]) -> T:
+        """The result of `action`, tried again, ever later, while it fails for reasons that may pass."""
+        delay = FIRST_DELAY
+        for attempt in range(1, TRIES + 1):
+            try:
+                return action()
+            except Exception as error:  # each of fsspec's file systems has errors of its own
+                reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                if not _may_pass(error):
+                    raise error if isinstance(error, OSError) else OSError(reason) from error
+                if attempt == TRIES:
+                    raise OSError(f"{TRIES} attempts failed; the last: {reason}") from error
+                logger.warning(
+                    "%s: %s; attempt %d of %d in %.1f s", self._path, reason, attempt + 1, TRIES, delay
+                )
+            self._let_go()  # nobody knows how far it came
+            time.sleep(delay)
+            delay = min(2 * delay, MAX_DELAY)
+        raise AssertionError("TRIES is at least 1")
 
     def read(self, size: int | None = -1) -> bytes:
-        return self._try(lambda: self._read(-1 if size is None else size))
+        content = self._retry(lambda: self._read(-1 if size is None else size))
+        self._place += len(content)
+        return content
 
     def _read(self, size: int) -> bytes:
+        if self._file is None:
+            self._reopen()
         try:
-            return self._file.read(size)
+            return bytes(self._file.read(size))
         except ValueError as error:
             if "range requests" not in str(error):
                 raise
-        place = self._file.tell()
-        self._file.close()
-        self._file = self._open(block_size=0)
-        while place and (passed := self._file.read(min(CHUNK, place))):
-            place -= len(passed)
-        return self._file.read(size)
+        self._whole = True
+        self._reopen()
+        return bytes(self._file.read(size))
 
     def readinto(self, target: Any) -> int:
         content = self.read(len(target))
@@ -223,19 +280,42 @@ class _RemoteFile(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return bool(self._file.seekable())
+        return self._file is None or bool(self._file.seekable())
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._try(lambda: self._file.seek(offset, whence))
+        self._place = self._retry(lambda: self._seek(offset, whence))
+        return self._place
+
+    def _seek(self, offset: int, whence: int) -> int:
+        if self._file is None:
+            self._reopen()
+        self._file.seek(offset, whence)
+        return int(self._file.tell())
 
     def tell(self) -> int:
-        return self._try(self._file.tell)
+        return self._place
 
     def close(self) -> None:
         if not self.closed:
             super().close()
-            if hasattr(self, "_file"):
-                self._file.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        file, self._file = getattr(self, "_file", None), None
+        if file is not None:
+            with suppress(Exception):  # it was only read
+                file.close()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error is about the network or a server; libraries have their own kinds, imported or not."""
+    cause: BaseException = error
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        cause = error.__cause__  # fsspec's http says so of a server that does not answer, too
+    if isinstance(cause, _PERMANENT) or getattr(cause, "status", None) in _PERMANENT_STATUS:
+        return False
+    modules = {kind.__module__.partition(".")[0] for kind in type(cause).__mro__}
+    return isinstance(cause, OSError) or bool(modules & _TRANSIENT_LIBRARIES)
 
 
 @contextmanager
@@ -247,16 +327,27 @@ def opened(name: str, compression: str) -> Iterator[BinaryIO]:
     try:
         with open_raw(name) as raw:
             stream: Any = raw
+            if compression:
+                raw = _filled(raw, name, compression)
             if compression == ".gz":
                 stream = gzip.GzipFile(fileobj=raw)
             elif compression == ".zst":
-                stream = _unpack_zstd(raw)
+                stream = unpack_zstd(raw)
             yield stream
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{name} cannot be read: {error}") from error
 
 
-def _unpack_zstd(raw: BinaryIO) -> Any:
+def _filled(raw: BinaryIO, name: str, compression: str) -> BinaryIO:
+    """The same bytes; UserError if there are none, which decompressors take for a file without content."""
+    buffered = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(cast("Any", raw), CHUNK)
+    if not buffered.peek(1):
+        kind = {".gz": "gzip", ".zst": "zstd"}[compression]
+        raise UserError(f"{name} is empty, not a {kind} file: fetch it again, or leave it out")
+    return cast("BinaryIO", buffered)
+
+
+def unpack_zstd(raw: BinaryIO) -> Any:
     """Arrow's reader: the `zstandard` package ends a truncated file as if it were whole (0.25)."""
     import pyarrow
 

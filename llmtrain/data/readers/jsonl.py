@@ -60,11 +60,14 @@ def _lines(stream: BinaryIO, start: int, stop: int | None, limit: int) -> Iterat
 
 
 class _Partial:
-    """The start of a line whose end has not been read; of one that is too long its first bytes only."""
+    """The start of a line whose end has not been read; of one that is too long its first bytes only.
+
+    These are KEPT_BYTES at least, wherever chunks end: what is kept of a record is told by the file alone.
+    """
 
     def __init__(self, limit: int) -> None:
         self.size = 0
-        self._limit = limit
+        self._limit = max(limit, KEPT_BYTES)
         self._held: list[bytes] = []
 
     def add(self, content: bytes) -> None:

@@ -35,7 +35,7 @@ def _pair(prefix: str) -> InputFile:
         if not files:
             raise UserError(f"{prefix}{suffix}: no such file; a Megatron-LM dataset is a .bin and an .idx")
     (tokens, *_), (index, *_) = both
-    return InputFile(tokens.name, tokens.size, f"{tokens.mark} {index.mark}")
+    return InputFile(tokens.name, tokens.size, f"{tokens.mark} {index.mark}", tokens.stamp)
 
 
 def read_tokens(
