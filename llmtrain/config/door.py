@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from llmtrain.config.errors import UserError
+from llmtrain.config.secrets import without_secrets
 from llmtrain.distributed import World, quiet_threads
 
 SECONDS_FOR_OTHERS = 3.0
@@ -46,7 +47,7 @@ def _report(lines: Sequence[str], exit_code: int, world: World) -> int:
     with _only_speaker(lines, world) as speaks:
         if speaks:
             where = "" if world.is_main else f" (rank {world.rank} on {socket.gethostname()})"
-            sys.stderr.write("".join(f"error: {line}{where}\n" for line in lines))
+            sys.stderr.write("".join(f"error: {without_secrets(line)}{where}\n" for line in lines))
             sys.stderr.flush()
             if world.world_size > 1 and exit_code != INTERRUPTED:
                 time.sleep(SECONDS_FOR_OTHERS)
@@ -71,8 +72,18 @@ def _only_speaker(lines: Sequence[str], world: World) -> Iterator[bool]:
         yield True
 
 
+def _leave_secrets_out(record: logging.LogRecord) -> bool:
+    """A filter that lets everything pass, URLs without their signatures and passwords."""
+    text = record.getMessage()
+    if (clean := without_secrets(text)) != text:
+        record.msg, record.args = clean, ()
+    return True
+
+
 def _set_up_logging(world: World) -> None:
     """Our own notes from rank 0, warnings from everybody, on standard error."""
     prefix = "" if world.is_main else f"[rank {world.rank}] "
     logging.basicConfig(format=f"{prefix}%(message)s", level=logging.WARNING, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_leave_secrets_out)
     logging.getLogger("llmtrain").setLevel(logging.INFO if world.is_main else logging.WARNING)

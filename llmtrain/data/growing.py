@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config import UserError
+from llmtrain.config.secrets import without_secrets
 from llmtrain.data import readers
 from llmtrain.data.artefacts import artefact_key, locked, write_whole
 from llmtrain.data.config import DataConfig, SourceConfig
@@ -74,7 +75,7 @@ class Preparation:
     @cached_property
     def _stretches(self) -> Counter[str]:
         """In how many slices each file is read."""
-        return Counter(piece.file for part in self.parts for piece in part.slices)
+        return Counter(without_secrets(piece.file) for part in self.parts for piece in part.slices)
 
     @property
     def complete(self) -> bool:
@@ -85,7 +86,11 @@ class Preparation:
         """Make the directory, with a note of what it is made from; clear what dead processes left."""
         for split in (TRAIN, VALIDATION):
             (self.directory / split).mkdir(parents=True, exist_ok=True)
-        note = {**self._made_from, "path": self.source.path, "format": readers.resolve_format(self.source)}
+        note = {
+            **self._made_from,
+            "path": without_secrets(self.source.location),
+            "format": readers.resolve_format(self.source),
+        }
         note |= {"parts": len(self.parts), "vocab_size": self.header.vocab_size}
         if not (self.directory / "source.json").exists():
             write_whole(self.directory / "source.json", json.dumps(note, indent=1))
@@ -94,7 +99,9 @@ class Preparation:
     def task(self, number: int) -> Task:
         """What a process has to know to make one part."""
         part = self.parts[number]
-        cut = frozenset(piece.file for piece in part.slices if self._stretches[piece.file] > 1)
+        cut = frozenset(
+            piece.file for piece in part.slices if self._stretches[without_secrets(piece.file)] > 1
+        )
         return Task(self.name, self.source, self.rules, self.header, self.directory, number, part, cut)
 
     def done(self) -> set[int]:
@@ -224,7 +231,8 @@ class Preparation:
 
     def fail(self, error: UserError) -> None:
         """Tell everybody who waits for a shard that it will not come."""
-        said = {"lines": error.lines, "exit_code": error.exit_code, "rules": repr(self.rules)}
+        lines = [without_secrets(line) for line in error.lines]
+        said = {"lines": lines, "exit_code": error.exit_code, "rules": repr(self.rules)}
         write_whole(self.directory / ERROR, json.dumps(said))
 
     def forget_failure(self) -> None:

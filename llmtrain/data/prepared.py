@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmtrain.config import UserError
+from llmtrain.config.secrets import without_secrets
 from llmtrain.data.growing import Crew, GrowingShards, Preparation
 from llmtrain.data.readers.files import holds, is_url
 from llmtrain.data.shards import INDEX, LocalShards, ShardedSource, Shards
@@ -192,8 +193,8 @@ def _place(text: str) -> Path | str:
 
 
 def absolute(place: Path | str) -> str:
-    """A directory's absolute path, or a URL as it is."""
-    return place if isinstance(place, str) else str(place.resolve())
+    """A directory's absolute path, or a URL without what must not be written down."""
+    return without_secrets(place) if isinstance(place, str) else str(place.resolve())
 
 
 def is_prepared(place: Path | str) -> bool:

@@ -25,6 +25,7 @@ from typing import Any, TextIO, get_args
 import numpy as np
 
 from llmtrain.config import UserError
+from llmtrain.config.secrets import without_secrets
 from llmtrain.data import readers
 from llmtrain.data.artefacts import claimed, process_exists, publish
 from llmtrain.data.config import Boundary, DataConfig, SourceConfig
@@ -221,8 +222,8 @@ class _Tokenizing:
 
     def _read(self, piece: Slice) -> None:
         for writer in self._writers.values():
-            writer.begin(piece.file, piece.unit)
-        count, told = FileCount(piece.file), 0
+            writer.begin(without_secrets(piece.file), piece.unit)
+        count, told = FileCount(without_secrets(piece.file)), 0
         for batch in batches(self._usable(self._records(piece), piece, count), BATCH_BYTES):
             documents, text_bytes, tokens = self._add(batch, piece, count)
             consumed = max(0, min(text_bytes, (piece.size or 0) - told))  # unpacked text may be longer
@@ -287,7 +288,7 @@ class _Tokenizing:
             path = self._aside / f"{QUARANTINE}.jsonl"
             self._quarantine = self._files.enter_context(path.open("w", encoding="utf-8"))
         text = record.record.decode(errors="backslashreplace")
-        line = {"file": piece.file, "position": record.position, "unit": piece.unit}
+        line = {"file": without_secrets(piece.file), "position": record.position, "unit": piece.unit}
         line |= {"reason": record.reason, "detail": record.detail, "size": record.size, "record": text}
         self._quarantine.write(json.dumps(line, ensure_ascii=True) + "\n")
 
@@ -404,4 +405,4 @@ def too_many_bad(name: str, source: SourceConfig, rules: Rules, count: FileCount
 
 def _describe(record: Rejected, piece: Slice) -> str:
     what = record.detail if record.detail.startswith(record.reason) else f"{record.reason}: {record.detail}"
-    return f"{piece.file} at {piece.unit} {record.position}: {what.removesuffix(': ')}"
+    return f"{without_secrets(piece.file)} at {piece.unit} {record.position}: {what.removesuffix(': ')}"

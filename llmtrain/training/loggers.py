@@ -14,7 +14,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field
 
 from llmtrain.config import Config
-from llmtrain.training.run_directory import RunDirectory, redact, write_atomically
+from llmtrain.config.secrets import redact
+from llmtrain.training.run_directory import RunDirectory, write_atomically
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from llmtrain import __version__
+from llmtrain.config.secrets import redact
 from llmtrain.data.config import DataConfig, SourceConfig
 from llmtrain.data.plan import (
     Kind,
@@ -25,7 +26,7 @@ from llmtrain.data.sizes import needs_tokenizer, source_sizes
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.loggers import short
-from llmtrain.training.run_directory import RunDirectory, redact, write_atomically
+from llmtrain.training.run_directory import RunDirectory, write_atomically
 
 
 class PlanConfig(TrainConfig):

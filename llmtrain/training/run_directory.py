@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import socket
 import time
@@ -20,27 +19,10 @@ from typing import Any
 import yaml
 
 from llmtrain.config import Config, ExitCode, UserError
+from llmtrain.config.secrets import redact
 from llmtrain.files import sync
 
 logger = logging.getLogger(__name__)
-
-LEFT_OUT = "<left out>"
-"""What stands in config.yaml and in wandb where a secret stood."""
-
-# `text_key` and `max_new_tokens` are no secrets: only whole words count, and a bare "key" only after a
-# word that makes it one.
-SECRET_NAME = re.compile(
-    r"(^|_)(token|secret|password|passwd|credentials?|apikey|(api|access|auth|private|secret|account)_key)$|^key$",
-    re.IGNORECASE,
-)
-# Hugging Face, OpenAI, GitHub, AWS and wandb tokens; a password inside a URL, which may hold an @ itself; and
-# what signs a URL, of which the name (`kept`) stays.
-SECRET_VALUE = re.compile(
-    r"\b(?:hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|wandb_v1_\w{20,})"
-    r"|(?<=://)[^/\s:@]*:[^/\s]+(?=@)"
-    r"|(?P<kept>(?i:[?&;](?:[\w.-]*[_.-])?(?:sig|signature|token|secret|passw(?:or)?d|credentials?|api_?key)="
-    r"|[?&;](?:key|(?:access|auth|private|secret|account)[_-]key)=))[^&;#\s\"'<]+"
-)
 
 
 class RunDirectory:
@@ -254,21 +236,6 @@ class RunDirectory:
             return None
         except ValueError as error:
             raise UserError(f"{file}: not readable as JSON: {error}") from error
-
-
-def redact(value: Any, name: str = "") -> Any:
-    """A copy of plain nested values without secrets: by the name of a key, or by the look of a value."""
-    if isinstance(value, Mapping):
-        return {key: redact(inner, str(key)) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(inner, name) for inner in value]
-    if isinstance(value, str) and value:
-        return LEFT_OUT if SECRET_NAME.search(name) else SECRET_VALUE.sub(_without_secret, value)
-    return value
-
-
-def _without_secret(found: re.Match[str]) -> str:
-    return (found["kept"] or "") + LEFT_OUT
 
 
 def write_atomically(file: Path, text: str) -> Path:

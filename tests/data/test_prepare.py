@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -11,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -662,3 +665,20 @@ def test_a_long_preparation_shows_that_it_lives(caplog: pytest.LogCaptureFixture
     with work(progress, "short", 10):
         progress.update(5, 1, 1, 1)
     assert not caplog.messages
+
+
+def test_what_signs_a_url_is_written_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Shards are handed on; a signature in them would be too."""
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "a.jsonl").write_text('{"text": "good"}\n{broken\n')
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(files))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/a.jsonl?part=1&sig=TOPSECRET"
+        prepared = prepare(one(url, max_bad_fraction=1, validation_fraction=0.0), BYTES, tmp_path / "cache")
+        server.shutdown()
+    assert tokens_of(prepared.sources["one"].train)
+    written = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert any(b"part=1&sig=<left out>" in path.read_bytes() for path in written)
+    assert not any(b"TOPSECRET" in path.read_bytes() for path in written)

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.config import Config, ExitCode, UserError
-from llmtrain.training.run_directory import LEFT_OUT, RunDirectory, redact
+from llmtrain.config.secrets import LEFT_OUT, redact
+from llmtrain.training.run_directory import RunDirectory
 
 HOLD = """
 import sys, time
