@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -124,6 +125,8 @@ class Report:
     rejected: Counter[str] = field(default_factory=Counter)
     files: list[FileCount] = field(default_factory=list)
     """Those with bad records, and those that other parts have stretches of."""
+    encoder: str = ""
+    """The library that made the ids, and its version: whom to ask, should ids ever differ."""
 
     def save(self, path: Path) -> None:
         """Write it to disk for good."""
@@ -217,6 +220,7 @@ class _Tokenizing:
             )
         documents = sum(manifest["documents"] for manifest in manifests.values())
         assert report.records == documents + sum(report.rejected.values()), f"documents were lost: {report}"
+        report.encoder = _encoder(self._tokenizer)
         report.save(self._aside / TRAIN / REPORT)
         sync(self._aside / TRAIN)
 
@@ -323,6 +327,14 @@ class _Tokenizing:
         self._report.tokens += tokens
         self._report.text_bytes += text_bytes
         return len(batch), text_bytes, tokens
+
+
+def _encoder(tokenizer: Tokenizer) -> str:
+    name = str(getattr(tokenizer, "backend_name", type(tokenizer).__module__.rpartition(".")[2]))
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return name
 
 
 def batches(
