@@ -81,7 +81,11 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        batch = self._ahead.popleft().result()
+        try:
+            batch = self._ahead.popleft().result()
+        except BaseException:
+            self.close()
+            raise
         self._ahead.append(self._submit())
         return batch
 
