@@ -23,9 +23,6 @@ KEYS = ("step", "row", "document", "text", "until", "most", "loss", "format")
 GOES_WITH = {"row": ("step",), "loss": ("step",), "until": ("document", "text"), "most": ("text",)}
 """The questions that a key says something about."""
 MOST = 10
-STEPS_SHOWN = 20
-SHOWN = 300
-"""Characters of a document that the readable form shows; format=json has all of it."""
 
 
 def where(run: Path, question: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -82,33 +79,6 @@ def parse(words: list[str]) -> dict[str, str]:
     return question
 
 
-def show(answer: dict[str, Any]) -> str:
-    """An answer for people."""
-    if "steps" in answer:
-        steps = [f"{place['step']} (row {place['row']})" for place in answer["steps"]]
-        at = ", ".join(steps[:STEPS_SHOWN]) or "none"
-        more = f", and {len(steps) - STEPS_SHOWN} more" if len(steps) > STEPS_SHOWN else ""
-        what = f"{_origin(answer)}, {answer['source']}, {answer['tokens']} tokens"
-        return f"{what}; steps until {answer['until_step']}: {at}{more}"
-    place = f"{answer['source']}, pass {answer['pass']}, span {answer['span']}"
-    if not answer["trained"]:
-        place += " (not trained yet)"
-    head = f"step {answer['step']} row {answer['row']}: {place}"
-    return "\n".join([head, *(_shown(document) for document in answer["documents"])])
-
-
-def _shown(document: dict[str, Any]) -> str:
-    part = f"tokens {document['first_token']}-{document['last_token']} of {document['tokens']}"
-    loss = "" if document.get("loss") is None else f", loss {document['loss']:.4f}"
-    text = " ".join(document["text"][:SHOWN].split())
-    return f"  {_origin(document)}, {part}{loss}\n    {text}"
-
-
-def _origin(answer: dict[str, Any]) -> str:
-    unit = "byte" if "byte" in answer else "row"
-    return f"{answer['file']} {unit} {answer[unit]}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain where`."""
     parser = argparse.ArgumentParser(
@@ -119,12 +89,14 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.parse_args(argv)
 
     def answer() -> None:
+        from llmtrain.training.where import readable
+
         question = parse(a.question)
         if question.get("format", "text") not in ("text", "json"):
             raise UserError(f"format={question['format']}: must be text or json")
         as_json = question.get("format") == "json"
         for one in where(a.run, question):
-            sys.stdout.write((json.dumps(one, ensure_ascii=False) if as_json else show(one)) + "\n")
+            sys.stdout.write((json.dumps(one, ensure_ascii=False) if as_json else readable(one)) + "\n")
 
     return plain_door(answer)
 

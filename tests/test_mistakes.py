@@ -53,7 +53,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a template with an open brace": (
         [f"+{PROSE}.template='{{title: {{text}}'"],
-        f"{PROSE}: template is '{{title: {{text}}': a brace that is text is written twice",
+        f"{PROSE}.template is '{{title: {{text}}': a brace that is text is written twice",
     ),
     "a template without a field": ([f"+{PROSE}.template=title"], "name a field in braces, such as {title}"),
     "a template and a key": (
@@ -100,7 +100,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         [f"{PROSE}.path={HERE}/bad.jsonl", "data.bad_records=raise"],
         "mend the record, or set data.bad_records to quarantine",
     ),
-    "shards of an older version": ([f"{PROSE}.path={HERE}/old"], "old/index.json: version 1 is not 2; "),
+    "shards of an older version": (
+        [f"{PROSE}.path={HERE}/old"],
+        "old/index.json: version 1 of the format is not 2: prepare the text again",
+    ),
     "dashes": (["--max_steps=5"], "max_steps=5"),
 }
 
@@ -128,7 +131,9 @@ def wrong_files(tmp_path_factory) -> Path:
     (directory / "lines.json").write_text('{"text": "one"}\n{"text": "two"}\n')
     (directory / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n' * 3)
     (directory / "old").mkdir()
-    (directory / "old" / "index.json").write_text(json.dumps({"version": 1, "shards": ["shard-00000"]}))
+    (directory / "old" / "index.json").write_text(
+        json.dumps({"version": 1, "shards": [], "manifest_hash": "0"})
+    )
     return directory
 
 

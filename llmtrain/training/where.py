@@ -28,6 +28,10 @@ from llmtrain.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
+STEPS_SHOWN = 20
+SHOWN = 300
+"""Characters of a document that the readable form shows; format=json has all of it."""
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -194,3 +198,33 @@ def find_text(data: RunData, text: str, most: int) -> Iterator[tuple[str, int, i
                         return
     if left == most:
         raise UserError(f"text={text!r}: no training document contains it (held-out ones are not searched)")
+
+
+# For people
+
+
+def readable(answer: dict[str, Any]) -> str:
+    """An answer for people."""
+    if "steps" in answer:
+        steps = [f"{place['step']} (row {place['row']})" for place in answer["steps"]]
+        at = ", ".join(steps[:STEPS_SHOWN]) or "none"
+        more = f", and {len(steps) - STEPS_SHOWN} more" if len(steps) > STEPS_SHOWN else ""
+        what = f"{_origin(answer)}, {answer['source']}, {answer['tokens']} tokens"
+        return f"{what}; steps until {answer['until_step']}: {at}{more}"
+    place = f"{answer['source']}, pass {answer['pass']}, span {answer['span']}"
+    if not answer["trained"]:
+        place += " (not trained yet)"
+    head = f"step {answer['step']} row {answer['row']}: {place}"
+    return "\n".join([head, *(_shown(document) for document in answer["documents"])])
+
+
+def _shown(document: dict[str, Any]) -> str:
+    part = f"tokens {document['first_token']}-{document['last_token']} of {document['tokens']}"
+    loss = "" if document.get("loss") is None else f", loss {document['loss']:.4f}"
+    text = " ".join(document["text"][:SHOWN].split())
+    return f"  {_origin(document)}, {part}{loss}\n    {text}"
+
+
+def _origin(answer: dict[str, Any]) -> str:
+    unit = "byte" if "byte" in answer else "row"
+    return f"{answer['file']} {unit} {answer[unit]}"

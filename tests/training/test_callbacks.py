@@ -105,7 +105,9 @@ def run(tmp_path: Path) -> Run:
     dataset = PackedDataset(train, [(0, {"code": 0.75, "prose": 0.25})], **order)
     config = SimpleNamespace(
         seed=3, seq_len=SEQ_LEN, max_steps=10, micro_batch_size=2,
-        data=SimpleNamespace(documents="separate", boundary="bos_eos", validation_fraction=0.0),
+        data=SimpleNamespace(
+            documents="separate", trains_boundaries=False, boundary="bos_eos", validation_fraction=0.0
+        ),
     )  # fmt: skip
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
