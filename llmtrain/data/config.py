@@ -182,6 +182,11 @@ class DataConfig(Config):
         return self.preparation == "background" and counted
 
     @property
+    def remote_cache_bytes(self) -> int:
+        """`remote_cache_gb` in bytes."""
+        return int(self.remote_cache_gb * 10**9)
+
+    @property
     def trains_boundaries(self) -> bool:
         """`boundary_targets`, decided."""
         return self.documents == "attend" if self.boundary_targets is None else self.boundary_targets

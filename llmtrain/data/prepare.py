@@ -92,7 +92,7 @@ def look(data: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Prepared:
     """What is there of every source's shards; nothing is made."""
     header = Header(tokenizer.fingerprint, tokenizer.vocab_size, data.boundary)
     sources = {name: _source(name, source, data, header, cache_dir) for name, source in data.sources.items()}
-    return Prepared(tokenizer, sources, cache_dir, int(data.remote_cache_gb * 10**9))
+    return Prepared(tokenizer, sources, cache_dir, data.remote_cache_bytes)
 
 
 class OnDemand:
@@ -145,7 +145,7 @@ def prepared_tokens(
     """
     if readers.resolve_format(source) == "shards":
         where = source.location if is_url(source.location) else Path(source.location).expanduser()
-        table = open_place(where, name, cache_dir, remote_bytes(data)).table()
+        table = open_place(where, name, cache_dir, data.remote_cache_bytes).table()
         return None if table is None else int(table["tokens"].sum())
     if tokenizer is None:
         return None
@@ -154,11 +154,6 @@ def prepared_tokens(
     if not preparation.complete:
         return None
     return LocalShards(preparation.directory / TRAIN).index["tokens"]
-
-
-def remote_bytes(data: DataConfig) -> int:
-    """`remote_cache_gb` in bytes."""
-    return int(data.remote_cache_gb * 10**9)
 
 
 # Which parts, and who makes them
@@ -342,9 +337,9 @@ def _already_prepared(
         train = Path(source.location).expanduser()
         beside = train.resolve().parent / VALIDATION
     itself = absolute(train) == absolute(beside)
-    opened = [open_place(train, name, cache_dir, remote_bytes(data))]
+    opened = [open_place(train, name, cache_dir, data.remote_cache_bytes)]
     if not itself and is_prepared(beside):
-        held_out = open_place(beside, name, cache_dir, remote_bytes(data))
+        held_out = open_place(beside, name, cache_dir, data.remote_cache_bytes)
         if held_out.fingerprint == f"{opened[0].fingerprint} {VALIDATION}":  # not another source's
             opened.append(held_out)
     for split, shards in zip((train, beside), opened, strict=False):

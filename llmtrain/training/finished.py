@@ -54,9 +54,9 @@ def open_sources(
 
     What is not there yet of a run that is at work is waited for, and made where no run is.
     """
-    directory, limit = RunDirectory(path), int(config.data.remote_cache_gb * 10**9)
+    directory = RunDirectory(path)
     places = directory.read_json("data/prepared.json") or {}
-    prepared = Prepared.from_dict(tokenizer, places, config.cache_dir, limit)
+    prepared = Prepared.from_dict(tokenizer, places, config.cache_dir, config.data.remote_cache_bytes)
     if not prepared.is_there():
         prepared = look(config.data, tokenizer, config.cache_dir)
         if not directory.is_locked():

@@ -38,6 +38,16 @@ def dataset(texts: dict[str, list[list[int]]], weights: Any = None, **changes: A
     return PackedDataset(sources, weights or {"a": 1}, seq_len=L, global_batch_size=G, **keys)
 
 
+ORDERS: dict[str, Any] = {
+    "texts": st.fixed_dictionaries(dict.fromkeys("abc", shard_lists)),
+    "weights": stages,
+    "skip": skips,
+    "span": st.integers(1, 5),
+    "packing": st.sampled_from(["cut", "best_fit"]),
+}
+"""Everything that an order depends on."""
+
+
 def token_ids(data: PackedDataset, origin: WindowOrigin) -> list[int]:
     """The tokens that an origin names, document by document."""
     source, tokens = data.streams[origin.source].source, []
@@ -49,13 +59,7 @@ def token_ids(data: PackedDataset, origin: WindowOrigin) -> list[int]:
     return tokens
 
 
-@given(
-    texts=st.fixed_dictionaries(dict.fromkeys("abc", shard_lists)),
-    weights=stages,
-    skip=skips,
-    span=st.integers(1, 5),
-    packing=st.sampled_from(["cut", "best_fit"]),
-)
+@given(**ORDERS)
 @settings(max_examples=40, deadline=None)
 def test_the_rows_are_the_tokens_that_training_gets(
     texts: dict[str, list[list[int]]], weights: Any, skip: Any, span: int, packing: str
@@ -88,11 +92,7 @@ def labelled(data: PackedDataset, until_step: int) -> dict[int, set[tuple[int, i
 
 
 @given(
-    texts=st.fixed_dictionaries(dict.fromkeys("abc", shard_lists)),
-    weights=stages,
-    skip=skips,
-    span=st.integers(1, 5),
-    packing=st.sampled_from(["cut", "best_fit"]),
+    **ORDERS,
     until_step=st.integers(0, 12),
 )
 @settings(max_examples=40, deadline=None)
