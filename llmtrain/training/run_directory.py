@@ -24,6 +24,9 @@ from llmtrain.files import sync
 
 logger = logging.getLogger(__name__)
 
+LOOK, LONGEST_LOOK = 0.01, 5.0
+"""Seconds that `is_locked` may hold a lock of its own; one that is held longer counts as a run's."""
+
 
 class RunDirectory:
     """The files of one run; making the object touches nothing, `lock` creates the directory.
@@ -84,13 +87,16 @@ class RunDirectory:
         """
         assert self._lock is None, "this object holds the lock already"
         self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / ".lock"
+        file, began = self.path / ".lock", time.monotonic()
         while self._lock is None:
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(handle)
+                if not self.is_locked() and time.monotonic() - began < LONGEST_LOOK:
+                    time.sleep(LOOK)
+                    continue
                 raise UserError(
                     _locked_message(self.path, _read_owner(file)), exit_code=ExitCode.LOCKED
                 ) from None
@@ -102,7 +108,10 @@ class RunDirectory:
         os.pwrite(self._lock, json.dumps(_this_process()).encode() + b"\n", 0)
 
     def is_locked(self) -> bool:
-        """Whether some process is at work in this directory."""
+        """Whether some process is at work in this directory.
+
+        It shares a lock with others who look, for a moment: `lock` can tell it from a run's, and tries again.
+        """
         try:
             handle = os.open(self.path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:

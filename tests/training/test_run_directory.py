@@ -157,6 +157,49 @@ def test_a_second_job_is_refused_in_one_line_and_a_killed_one_leaves_no_lock(run
     again.unlock()
 
 
+LOOK = """
+import sys
+from llmtrain.training.run_directory import RunDirectory
+run = RunDirectory(sys.argv[1])
+print(run.is_locked(), flush=True)
+while True:
+    run.is_locked()
+"""
+
+
+def test_those_who_look_whether_a_run_is_at_work_stop_none_from_starting(run: RunDirectory) -> None:
+    run.lock()
+    run.unlock()
+    assert not run.is_locked()
+    lookers = [
+        subprocess.Popen([sys.executable, "-c", LOOK, str(run.path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        for looker in lookers:
+            assert looker.stdout is not None and looker.stdout.readline() == "False\n"
+        for _ in range(100):
+            run.lock()
+            assert RunDirectory(run.path).is_locked()
+            run.unlock()
+    finally:
+        for looker in lookers:
+            looker.kill()
+            looker.wait()
+
+
+def test_a_shared_lock_that_stays_is_refused(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run starts beside one whose lock looks like that, and none waits for ever."""
+    import fcntl
+
+    monkeypatch.setattr("llmtrain.training.run_directory.LONGEST_LOOK", 0.2)
+    with (run.path / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        with pytest.raises(UserError, match="at work in this run directory"):
+            run.lock()
+    run.lock()
+
+
 def test_a_child_process_does_not_inherit_the_lock(run: RunDirectory) -> None:
     run.lock()
     sleep = "import time; print('up', flush=True); time.sleep(30)"
