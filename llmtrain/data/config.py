@@ -18,6 +18,8 @@ Documents = Literal["separate", "attend"]
 Packing = Literal["cut", "best_fit"]
 BadRecords = Literal["quarantine", "skip", "raise"]
 
+LONGEST_NAME = 200
+"""Bytes of a source's name: file systems allow 255."""
 MAX_PADDING = 0.01
 """As it comes in conf/."""
 EMBEDDED = ("code", "docstrings", "prose")
@@ -194,8 +196,11 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         for name in self.sources:
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"sources.{name}: a name is made of letters, digits and _ . -")
+            if not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > LONGEST_NAME:
+                raise ValueError(
+                    f"sources has {name[:LONGEST_NAME]!r}: a name is made of letters, digits and _ - . (not"
+                    f" first), at most {LONGEST_NAME} bytes; directories are called after it"
+                )
         weighted = [name for name, source in self.sources.items() if source.weight is not None]
         if weighted and len(weighted) < len(self.sources):
             other = next(name for name in self.sources if name not in weighted)

@@ -674,12 +674,13 @@ print([name for name in ("torch", "pyarrow", "datasets", "fsspec", "transformers
     assert done.stdout == "[]\n"
 
 
-def test_config_cross_checks() -> None:
-    def data(**sources: dict[str, Any]) -> DataConfig:
-        base = Path(__file__).parents[2] / "conf" / "data" / "base.yaml"
-        keys = yaml.safe_load(base.read_text("utf-8"))
-        return DataConfig.model_validate({"sources": sources, **keys})
+def data(**sources: dict[str, Any]) -> DataConfig:
+    base = Path(__file__).parents[2] / "conf" / "data" / "base.yaml"
+    keys = yaml.safe_load(base.read_text("utf-8"))
+    return DataConfig.model_validate({"sources": sources, **keys})
 
+
+def test_config_cross_checks() -> None:
     assert data(a={"path": "x", "weight": 1}, b={"path": "y", "weight": 2}).sources["b"].weight == 2
     for sources, message in [
         ({}, "at least 1"),
@@ -693,10 +694,20 @@ def test_config_cross_checks() -> None:
         ),
         ({"a": {"path": "x", "weight": 1, "format": "csv"}}, "'jsonl'"),
         ({"a": {"path": "poems", "weight": 1, "format": "embedded"}}, "one of code, docstrings, prose"),
-        ({"a/b": {"path": "x", "weight": 1}}, "letters, digits"),
     ]:
         with pytest.raises(ValidationError, match=message):
             data(**sources)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", ".hidden", "", "a b", "a\n", "a\x00", "..\\a", "é" * 101])
+def test_a_source_has_the_name_of_a_directory(name: str) -> None:
+    with pytest.raises(ValidationError, match="a name is made of letters, digits"):
+        data(**{name: {"path": "x", "weight": 1}})
+
+
+@pytest.mark.parametrize("name", ["web", "web.v2", "_a", "0", "-", "悟道", "Économie", "a.", "é" * 100])
+def test_names_that_sources_may_have(name: str) -> None:
+    assert list(data(**{name: {"path": "x", "weight": 1}}).sources) == [name]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".json.gz", ".txt.gz", ".txt.zst"])
