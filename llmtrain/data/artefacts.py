@@ -8,11 +8,12 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def publish(aside: Path, target: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file that is either whole or absent, whoever else writes it at the same time."""
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
@@ -124,8 +125,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
         yield
 
 
-def take_flock(descriptor: int, wait: bool = False) -> bool:
-    """Whether this process has an flock now; True too where the file system has none."""
+def take_flock(descriptor: int, wait: bool = False, without: bool = True) -> bool:
+    """Whether this process has an flock now; `without` where the file system has none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -133,15 +134,14 @@ def take_flock(descriptor: int, wait: bool = False) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return without
     return True
 
 
-def process_exists(pid: int) -> bool:
-    """Whether a process of this machine is alive."""
+@cache
+def kernel() -> str:
+    """The name of the running kernel, in each of its containers: among its processes every flock counts."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()

@@ -32,6 +32,7 @@ from llmtrain.data.tokenizing import (
     Task,
     check_bad,
     clear_dead,
+    quarantine_path,
 )
 
 logger = logging.getLogger(__name__)
@@ -120,9 +121,11 @@ class Preparation:
 
     def check(self, numbers: Iterable[int]) -> None:
         """Hold the present rules against parts that may have been made under others."""
-        for number in sorted(numbers):
+        numbers = sorted(numbers)
+        for number in numbers:
             for count in self.report(number).files:
                 check_bad(self.name, self.source, self.rules, count, self._stretches[count.file] > 1)
+        self._say_not_kept(self._not_kept(numbers))
 
     def finish(self) -> bool:
         """Index both splits if every part is done; whether that is so.
@@ -145,7 +148,8 @@ class Preparation:
         if worst:
             check_bad(self.name, self.source, self.rules, worst)
         came = self.came()
-        extra = {"input": came, "worst_file": worst and worst.as_dict(), "fingerprint": self.fingerprint}
+        extra: dict[str, Any] = {"input": came, "worst_file": worst and worst.as_dict()}
+        extra |= {"not_kept": self._not_kept(numbers), "fingerprint": self.fingerprint}
         held_out = write_index(
             self.directory / VALIDATION,
             self.header,
@@ -210,6 +214,20 @@ class Preparation:
         index = LocalShards(self.directory / TRAIN).index
         if worst := index["worst_file"]:
             check_bad(self.name, self.source, self.rules, FileCount.from_dict(worst))
+        self._say_not_kept(index.get("not_kept", 0))
+
+    def _not_kept(self, numbers: Iterable[int]) -> int:
+        """Bad records of these parts that no file keeps: other rules made them."""
+        unkept = (number for number in numbers if not quarantine_path(self.directory, number).exists())
+        return sum(self.report(number).bad for number in unkept)
+
+    def _say_not_kept(self, count: int) -> None:
+        if count and self.rules.bad_records == "quarantine":
+            logger.info(
+                "source %s: %d bad records are not kept, for its shards were made with another"
+                " data.bad_records: to keep them, delete %s and prepare again",
+                self.name, count, self.directory,
+            )  # fmt: skip
 
     def came(self) -> dict[str, Any]:
         """What the parts that are done held: documents, tokens, text_bytes, rejected by reason."""

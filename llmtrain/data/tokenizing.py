@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import shutil
-import socket
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,17 +28,23 @@ import numpy as np
 from llmtrain.config import UserError
 from llmtrain.config.secrets import without_secrets
 from llmtrain.data import readers
-from llmtrain.data.artefacts import claimed, process_exists, publish
+from llmtrain.data.artefacts import claimed, kernel, publish, take_flock
 from llmtrain.data.config import Boundary, DataConfig, SourceConfig
 from llmtrain.data.records import EMPTY, Document, Part, Record, Rejected, Slice, TokenDocument
 from llmtrain.data.shards import Header, ShardWriter, shard_path
 from llmtrain.files import sync
+from llmtrain.tokenizer.backends import REFERENCE, OtherIdsError
 from llmtrain.tokenizer.base import Ids, Tokenizer
+from llmtrain.tokenizer.huggingface import HuggingFaceTokenizer
+
+logger = logging.getLogger(__name__)
 
 TRAIN, VALIDATION, QUARANTINE = "train", "validation", "quarantine"
 REPORT = "input.json"
 BATCH_BYTES = 1_000_000
 """Text encoded at a time: enough to keep every core busy."""
+CHECK_EVERY = 1024
+"""Of so many documents one is encoded by the tokenizer's reference too: about 2 % of all the work."""
 ALLOWANCE = 10
 """Bad records beyond its share that a stretch of a file may have, for it is the whole file that counts."""
 HOPELESS = (1000, 10)
@@ -128,6 +134,11 @@ class Report:
     encoder: str = ""
     """The library that made the ids, and its version: whom to ask, should ids ever differ."""
 
+    @property
+    def bad(self) -> int:
+        """Records that are mistakes; an empty one is none."""
+        return sum(self.rejected.values()) - self.rejected[EMPTY]
+
     def save(self, path: Path) -> None:
         """Write it to disk for good."""
         files = [count.as_dict() for count in self.files]
@@ -156,9 +167,9 @@ def make(task: Task, tokenizer: Tokenizer, tell: Tell) -> bool:
     """
     if task.done:
         return True
-    claims = task.directory / ".claims"
-    claims.mkdir(exist_ok=True)
-    with claimed(claims / f"{task.number:05d}.lock") as mine:
+    claim = _claim(task.directory, task.number)
+    claim.parent.mkdir(exist_ok=True)
+    with claimed(claim) as mine:
         if not mine:
             return False
         if not task.done:
@@ -167,16 +178,13 @@ def make(task: Task, tokenizer: Tokenizer, tell: Tell) -> bool:
 
 
 def _make_aside(task: Task, tokenizer: Tokenizer, tell: Tell) -> None:
-    clear_dead(task.directory, f"{task.number:05d}-")
-    aside = task.directory / f".tmp-{task.number:05d}-{socket.gethostname()}-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = task.directory / f".tmp-{task.number:05d}-{kernel()}-{uuid.uuid4().hex}"
     try:
-        aside.mkdir()
-        _Tokenizing(task, tokenizer, aside, tell).run()
+        _fill(task, tokenizer, aside, tell)
         quarantine = aside / f"{QUARANTINE}.jsonl"
         if quarantine.exists():
             sync(quarantine)
-            publish(quarantine, shard_path(task.directory / QUARANTINE, task.number).with_suffix(".jsonl"))
+            publish(quarantine, quarantine_path(task.directory, task.number))
         for split in (VALIDATION, TRAIN):
             publish(aside / split, shard_path(task.directory / split, task.number))
     except OSError:
@@ -186,13 +194,44 @@ def _make_aside(task: Task, tokenizer: Tokenizer, tell: Tell) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def clear_dead(directory: Path, start: str = "") -> None:
-    """Remove what processes of this machine left that are no more."""
-    here = socket.gethostname()
-    for left in directory.glob(f".tmp-{start}*"):
-        host, _, pid = left.name.removeprefix(".tmp-").partition("-")[2].rpartition("-")
-        if host == here and not process_exists(int(pid)):
+def _fill(task: Task, tokenizer: Tokenizer, aside: Path, tell: Tell) -> None:
+    """Write the part's shards; once more, from the start, where the tokenizer's backend gave wrong ids."""
+    try:
+        _Tokenizing(task, tokenizer, aside, tell).run()
+    except OtherIdsError as error:
+        logger.warning(
+            "data.sources.%s: %s; part %d is made again without it; shards that it made before stay: to have"
+            " none of its ids, delete %s, set tokenizer.backend=%s and prepare again",
+            task.name, error, task.number, task.directory, REFERENCE,
+        )  # fmt: skip
+        shutil.rmtree(aside)
+        _Tokenizing(task, tokenizer, aside, tell).run()
+
+
+def clear_dead(directory: Path) -> None:
+    """Remove what processes left that are no more: nobody works on those parts.
+
+    Locks may be known to one machine only, so what another one left stays until the part is done.
+    """
+    for left in directory.glob(".tmp-*"):
+        number = int(left.name.split("-")[1])
+        ours = left.name.startswith(f".tmp-{number:05d}-{kernel()}-")
+        if shard_path(directory / TRAIN, number).is_dir():
             shutil.rmtree(left, ignore_errors=True)
+        elif ours:
+            with suppress(FileNotFoundError), _claim(directory, number).open("a") as claim:
+                if take_flock(claim.fileno(), without=False):
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def quarantine_path(directory: Path, number: int) -> Path:
+    """The file that keeps the bad records of a part, if it has some and the rules said so."""
+    return shard_path(directory / QUARANTINE, number).with_suffix(".jsonl")
+
+
+def _claim(directory: Path, number: int) -> Path:
+    """The file whose lock is held by the process that makes a part."""
+    return directory / ".claims" / f"{number:05d}.lock"
 
 
 class _Tokenizing:
@@ -204,6 +243,7 @@ class _Tokenizing:
         self._before, self._after = (np.array(ids, np.int32) for ids in ends)
         self._writers = {split: ShardWriter(aside / split, task.header) for split in (TRAIN, VALIDATION)}
         self._report = Report()
+        self._unchecked = 619 * task.number % CHECK_EVERY  # other places in other parts
         self._quarantine: TextIO | None = None
         self._files = ExitStack()
 
@@ -301,7 +341,7 @@ class _Tokenizing:
     ) -> tuple[int, int, int]:
         """Encode documents and append them to the split they belong to: how many, bytes of text, tokens."""
         texts = [document.text for document in batch if isinstance(document, Document)]
-        encoded = iter(self._tokenizer.encode_batch(texts) if texts else ())
+        encoded = iter(self._encode(texts) if texts else ())
         splits: dict[str, tuple[list[Ids], list[int], list[int]]] = {s: ([], [], []) for s in self._writers}
         tokens = text_bytes = 0
         for document in batch:
@@ -327,6 +367,15 @@ class _Tokenizing:
         self._report.tokens += tokens
         self._report.text_bytes += text_bytes
         return len(batch), text_bytes, tokens
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        """Their ids; OtherIdsError where those of one text in CHECK_EVERY turn out to be wrong."""
+        ids = self._tokenizer.encode_batch(texts)
+        if isinstance(self._tokenizer, HuggingFaceTokenizer):
+            sample = slice(self._unchecked, None, CHECK_EVERY)
+            self._unchecked = (self._unchecked - len(texts)) % CHECK_EVERY
+            self._tokenizer.check(texts[sample], ids[sample])
+        return ids
 
 
 def _encoder(tokenizer: Tokenizer) -> str:

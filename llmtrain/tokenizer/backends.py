@@ -50,6 +50,10 @@ class _UnsuitedError(Exception):
     """A backend that cannot do what the document says, or does not."""
 
 
+class OtherIdsError(_UnsuitedError):
+    """A backend whose ids are not those of the reference."""
+
+
 def choose(reference: Encode, document: dict[str, Any], documents: Sequence[str] = ()) -> Choice:
     """The fastest installed backend with the ids of `reference`, which is that of `tokenizers`.
 
@@ -108,6 +112,13 @@ def trust(name: str, reference: Encode, document: dict[str, Any]) -> Choice:
     return Choice(REFERENCE, reference)
 
 
+def check(texts: Sequence[str], ids: Sequence[Ids], expected: Sequence[Ids]) -> None:
+    """OtherIdsError with the first difference between a backend's ids and those of the reference."""
+    for text, got, want in zip(texts, ids, expected, strict=True):
+        if not np.array_equal(got, want):
+            raise OtherIdsError(_difference(text, got, want))
+
+
 def _is_installed(name: str) -> bool:
     try:
         importlib.import_module(name)
@@ -124,9 +135,7 @@ def _built(
     encode = _guarded(name, reference, document, forgiving=False)
     with _as_unsuited("fails on the sample"):
         found = encode(texts)
-    for text, got, want in zip(texts, found, expected, strict=True):
-        if not np.array_equal(got, want):
-            raise _UnsuitedError(_difference(text, got, want))
+    check(texts, found, expected)
     return _guarded(name, reference, document)
 
 

@@ -88,6 +88,17 @@ class HuggingFaceTokenizer:
                 self.choose_backend(texts)
         return self._choice.encode(texts)
 
+    def check(self, texts: Sequence[str], ids: Sequence[Ids]) -> None:
+        """OtherIdsError unless `tokenizers` gives these texts these ids; it encodes itself from then on."""
+        name = self._choice.name
+        if name == backends.REFERENCE:
+            return
+        try:
+            backends.check(texts, ids, self._encode_reference(texts))
+        except backends.OtherIdsError as error:
+            self._choice = backends.Choice(backends.REFERENCE, self._encode_reference)
+            raise backends.OtherIdsError(f"{name} does not suit this tokenizer.json: {error}") from error
+
     @property
     def backend_name(self) -> str:
         """The library that encodes now."""

@@ -131,6 +131,9 @@ def test_every_document_is_in_exactly_one_split(tmp_path: Path) -> None:
     again = prepare(one(file), BYTES, tmp_path / "cache")
     splits = {"train": len(train), "held_out": len(held_out)}
     assert again.conservation("one") == {**expected, **splits, "complete": True}
+    for index in Path(str(again.sources["one"].train)).parent.glob("*/index.json"):
+        index.unlink()
+    assert again.conservation("one") == {**expected, **splits, "complete": True}, "it is looked at once"
     assert again.rejected("one") == rejected
     assert again.quarantine("one") == []  # an empty record is no mistake, and there is nothing to keep
 
@@ -415,6 +418,36 @@ def test_the_worst_file_is_the_one_with_the_largest_share(tmp_path: Path) -> Non
         prepare(one(tmp_path / "many", max_bad_fraction=0.01), BYTES, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_bad_records_that_were_skipped_are_said_not_to_be_kept(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cutting, "SMALLEST", 8000)
+    caplog.set_level(logging.INFO)
+    mixed, _, _ = damaged_corpus(tmp_path, 1000, 20)
+    part = (1, 1) if together else (1, 2)
+    skipping = one(mixed, bad_records="skip", max_bad_fraction=0.5)
+    prepare(skipping, BYTES, tmp_path / "cache", part=part)
+    assert "not kept" not in caplog.text
+    keeping = one(mixed, max_bad_fraction=0.5)
+    for _ in range(2):  # the second time it is complete
+        caplog.clear()
+        prepared = prepare(keeping, BYTES, tmp_path / "cache")
+        (line,) = [line for line in caplog.messages if "not kept" in line]
+        (directory,) = (tmp_path / "cache/shards").iterdir()
+        count = int(line.removeprefix("source one: ").split()[0])
+        assert f"to keep them, delete {directory} and prepare again" in line
+        kept = sum(path.read_text().count("\n") for path in prepared.quarantine("one"))
+        assert (count > 0, kept > 0) == (True, not together)
+        rejected = prepared.rejected("one")
+        assert count + kept == sum(rejected.values()) - rejected["empty"]
+    shutil.rmtree(directory)
+    caplog.clear()
+    prepare(keeping, BYTES, tmp_path / "cache")
+    prepare(keeping, BYTES, tmp_path / "cache")
+    assert "not kept" not in caplog.text
+
+
 def test_a_kill_between_the_two_splits_loses_no_held_out_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -636,6 +669,41 @@ def test_a_killed_preparation_goes_on_where_it_was(
     assert tokens_of(prepared.train) == tokens_of(reference.train) != []
     assert hash_of(prepared) == hash_of(reference)
     assert not list(source.glob(".tmp-*"))
+
+
+CLEAR = "import sys, pathlib, llmtrain.data.tokenizing as t; t.clear_dead(pathlib.Path(sys.argv[1]))"
+CONTAINER = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child"]
+
+
+def has_containers() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*CONTAINER, "true"]).returncode == 0
+
+
+@pytest.mark.skipif(not has_containers(), reason="no containers here")
+def test_the_dead_are_told_from_the_living_in_containers_too(slow: Path, tmp_path: Path) -> None:
+    """Host names and process ids are the same in many; what a process of another kernel left is not ours."""
+
+    def clear() -> list[Path]:
+        command = [*CONTAINER, sys.executable, "-c", CLEAR, source]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+        return list(source.glob(".tmp-*"))
+
+    process = start(slow, write_texts(tmp_path / "a.jsonl", some_texts(400)), 0.2)
+    while batches_done(tmp_path / "log") < 6:
+        assert process.poll() is None
+        time.sleep(0.01)
+    (source,) = (tmp_path / "cache/shards").iterdir()
+    process.send_signal(signal.SIGSTOP)
+    done, unfinished = source / ".tmp-00000-elsewhere-1", source / ".tmp-00003-elsewhere-1"
+    for directory in (done, unfinished):
+        directory.mkdir()
+    (mine,) = {*source.glob(".tmp-*")} - {done, unfinished}
+    assert {*clear()} == {mine, unfinished}
+    process.kill()
+    process.communicate()
+    assert clear() == [unfinished]
+    shutil.copytree(source / "train/shard-00000", source / "train/shard-00003")
+    assert clear() == []
 
 
 def test_two_processes_at_once_do_the_work_once(slow: Path, tmp_path: Path) -> None:

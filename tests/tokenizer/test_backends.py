@@ -24,7 +24,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmtrain.config import UserError
+from llmtrain.data import tokenizing
+from llmtrain.data.prepare import prepare
+from llmtrain.data.readers import cutting
 from llmtrain.tokenizer import HuggingFaceConfig, HuggingFaceTokenizer, backends, huggingface, load_tokenizer
+from tests.data import test_prepare as preparing
 
 FAST = ("tiktoken", "gigatoken", "fastokens")
 SPECIAL = ["<|endoftext|>", "<s>", "</s>"]
@@ -229,6 +233,39 @@ def test_the_users_own_documents_take_part(monkeypatch: pytest.MonkeyPatch) -> N
     assert backends.require("json", reference, document).name == "json"
     with pytest.raises(UserError, match="its ids differ"):
         backends.require("json", reference, document, ["fine", f"some {word}"])
+
+
+def test_ids_that_differ_in_the_text_itself_are_found_while_it_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A backend with other ids for a word that only the end of the source has: that part is made again."""
+    word = "unheard-of-combination"
+    plain = _load("gpt2", "tokenizers").encode_batch
+
+    def wrong_once(texts: Sequence[str]) -> list[Any]:
+        return [ids[:-1] if word in text else ids for text, ids in zip(texts, plain(texts), strict=True)]
+
+    monkeypatch.setattr(cutting, "SMALLEST", 8000)
+    monkeypatch.setattr(tokenizing, "CHECK_EVERY", 16)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 3000)
+    texts = preparing.some_texts(400)
+    texts[-50:] = [f"{text} {word}" for text in texts[-50:]]
+    data = preparing.one(preparing.write_texts(tmp_path / "a.jsonl", texts), boundary="eos")
+    reference = prepare(data, _load("gpt2", "tokenizers"), tmp_path / "reference").sources["one"]
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "_BUILD", {"json": _building(wrong_once)})
+        lying = _load("gpt2", "json")
+    found = prepare(data, lying, tmp_path / "cache").sources["one"]
+    for split in ("train", "validation"):
+        ids, expected = (preparing.tokens_of(getattr(source, split)) for source in (found, reference))
+        assert ids == expected != []
+    assert found.preparation is not None
+    encoders = [found.preparation.report(n).encoder.split()[0] for n in range(len(found.preparation.parts))]
+    assert encoders == ["json", "json", "json", "tokenizers"]
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert line.startswith("data.sources.one: json does not suit this tokenizer.json: its ids differ from ")
+    assert f"delete {found.preparation.directory}, set tokenizer.backend=tokenizers" in line
+    assert not list(found.preparation.directory.glob(".tmp-*"))
 
 
 class Panic(BaseException):
