@@ -7,7 +7,6 @@ shard now waits for the one that fetches it, and every 30 seconds says for what.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config import UserError
+from llmtrain.data.readers.urls import LOCAL_TROUBLE, filesystem, is_missing, reason, retrying
 from llmtrain.data.remote_cache import ShardCache, lock_of, locked, size_of
 from llmtrain.data.shard_format import (
     ENTRY,
@@ -46,25 +46,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TRIES = 8
-"""Attempts at an action that fails for reasons that may pass."""
-FIRST_DELAY, MAX_DELAY = 0.5, 30.0
-"""Seconds before the second attempt, doubled from attempt to attempt, and the longest."""
 HASH_TRIES = 3
 """Fetches of a file whose content is not what the index says."""
 THREADS = 3
 """Shards fetched ahead at the same time."""
 SPEAK_AFTER, SPEAK_EVERY = 5.0, 30.0
 """Seconds of waiting before it is said, and between two times."""
-SILENCE = 60.0
-"""Seconds without a byte after which a server (http) counts as gone."""
 POLL = 0.2
 FEWEST_OPEN = 8
 """Shards to keep mapped at least, however small the cache."""
 _NPY_HEADER = 128  # bytes before the values of a one-dimensional array
-_TRANSIENT_LIBRARIES = {"aiohttp", "botocore", "fsspec", "gcsfs", "google", "azure", "requests", "urllib3"}
-_PERMANENT_STATUS = {400, 401, 403, 405, 410}
-_LOCAL_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 def open_remote(url: str, cache_dir: Path, limit_bytes: int, name: str) -> RemoteShards:
@@ -75,41 +66,18 @@ def open_remote(url: str, cache_dir: Path, limit_bytes: int, name: str) -> Remot
     return RemoteShards(url.rstrip("/"), cache_dir / "remote", limit_bytes, name)
 
 
-def retrying(action: Callable[[], T], what: str) -> T:
-    """The result of `action`, tried again with growing delays while it fails for reasons that may pass.
-
-    UserError that names `what` (a URL): at once where it does not exist or is forbidden, else after TRIES.
-    """
-    delay = FIRST_DELAY
-    for attempt in range(1, TRIES + 1):
-        try:
-            return action()
-        except ImportError as error:
-            raise UserError(f"{what}: this kind of URL needs another package: {error}") from error
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            if isinstance(error, FileNotFoundError):
-                raise UserError(f"{what} does not exist") from error
-            if getattr(error, "errno", None) in _LOCAL_TROUBLE:
-                raise UserError(f"{what} cannot be kept: {reason}") from error
-            if isinstance(error, PermissionError) or getattr(error, "status", None) in _PERMANENT_STATUS:
-                raise UserError(f"{what} cannot be read: {reason}") from error
-            if not _may_pass(error):
-                raise
-            if attempt == TRIES:
-                raise UserError(
-                    f"{what} cannot be read, {TRIES} attempts failed; the last: {reason}"
-                ) from error
-            logger.warning("%s: %s; attempt %d of %d in %.1f s", what, reason, attempt + 1, TRIES, delay)
-        time.sleep(delay)
-        delay = min(2 * delay, MAX_DELAY)
-    raise AssertionError("TRIES is at least 1")
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether an error is about the network or a server; libraries have their own kinds, imported or not."""
-    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError) or bool(modules & _TRANSIENT_LIBRARIES)
+def _asked(action: Callable[[], T], what: str) -> T:
+    """The result of `action`, tried again as `retrying` does; UserError that names `what` (a URL) if none."""
+    try:
+        return retrying(action, what)
+    except Exception as error:
+        of_library = type(error).__module__.partition(".")[0] not in ("builtins", "llmtrain")
+        if not isinstance(error, OSError) and not of_library:
+            raise
+        if is_missing(error):
+            raise UserError(f"{what} does not exist") from error
+        cannot = "kept" if getattr(error, "errno", None) in LOCAL_TROUBLE else "read"
+        raise UserError(f"{what} cannot be {cannot}: {reason(error)}") from error
 
 
 class _WrongContentError(Exception):
@@ -121,29 +89,12 @@ class _Remote:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._filesystem, self._root = retrying(self._connect, url)
-
-    def _connect(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs
-
-        options: dict[str, Any] = {}
-        if self.url.startswith(("http://", "https://")):
-            import aiohttp  # type: ignore[import-not-found,unused-ignore]
-
-            # The default ends every transfer after five minutes, however well it goes.
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
-            options["client_kwargs"] = {"timeout": timeout}
-        try:
-            filesystem, root = url_to_fs(self.url, **options)
-        except ValueError as error:  # an unknown protocol
-            raise UserError(f"{self.url} is no URL that can be read: {error}") from error
-        return filesystem, root.rstrip("/")
+        self._filesystem, root = filesystem(url)
+        self._root = root.rstrip("/")
 
     def read(self, name: str) -> bytes:
         """A small file."""
-        return retrying(
-            lambda: bytes(self._filesystem.cat_file(f"{self._root}/{name}")), f"{self.url}/{name}"
-        )
+        return _asked(lambda: bytes(self._filesystem.cat_file(f"{self._root}/{name}")), f"{self.url}/{name}")
 
     def fetch(self, name: str, file: Path, size: int) -> None:
         """Write a file of `size` bytes to disk; _WrongContentError where it is another, soon where longer."""
@@ -158,7 +109,7 @@ class _Remote:
         def get() -> None:
             self._filesystem.get_file(f"{self._root}/{name}", str(file), callback=Bounded())
 
-        retrying(get, f"{self.url}/{name}")
+        _asked(get, f"{self.url}/{name}")
         if file.stat().st_size != size:
             raise _WrongContentError(f"has {file.stat().st_size} bytes instead of {size}")
 
@@ -227,6 +178,13 @@ class RemoteShards:
                 self._wanted.remove(shard)
                 self._changed.notify_all()
         return directory
+
+    def manifest(self, shard: int) -> dict[str, Any]:
+        """The checked manifest of a shard, without the shard where that is not here."""
+        directory = shard_path(self.directory, shard)
+        if self._cache.take(directory):
+            return load_manifest(directory, self.header)
+        return self._manifest(shard)[0]
 
     def close(self) -> None:
         """Fetch nothing ahead any more; a fetch under way comes to its end."""

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gzip
 import http.server
+import importlib
 import itertools
 import json
 import os
 import random
+import socket
+import struct
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import aiohttp
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
 import zstandard
+from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -29,7 +36,7 @@ from pydantic import ValidationError
 from llmtrain.config import UserError
 from llmtrain.data import readers
 from llmtrain.data.config import DataConfig, SourceConfig
-from llmtrain.data.readers import cutting, files
+from llmtrain.data.readers import cutting, files, urls
 from llmtrain.data.readers import json_array as json_array_module
 from llmtrain.data.readers import jsonl as jsonl_module
 from llmtrain.data.readers.fields import Fields
@@ -838,7 +845,7 @@ def unsteady(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Unstea
     """(address of a file on a web server of 300 kB that is asked for 64 kB at a time, its settings)."""
     monkeypatch.setattr(jsonl_module, "CHUNK", 1 << 14)
     monkeypatch.setattr(files, "_REMOTE_BLOCK", 1 << 16)
-    monkeypatch.setattr(files, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(urls, "FIRST_DELAY", 0.01)
 
     class Handler(Unsteady):
         content = jsonl([f"{number} " + "a" * 250 for number in range(1000)])
@@ -872,8 +879,179 @@ def test_a_server_that_does_not_recover_ends_it(
 ) -> None:
     """What a further attempt cannot change is not tried again."""
     url, handler = unsteady
-    monkeypatch.setattr(files, "TRIES", 3)
+    monkeypatch.setattr(urls, "TRIES", 3)
     handler.after, handler.status, handler.times = 100_000, status, 99
     with pytest.raises(UserError, match=r"a\.jsonl cannot be read: "):
         read(source(url), [Slice(url, 0, None, "byte", None)])
     assert handler.refused == asked
+
+
+# Listing what is behind a server that stumbles
+
+
+class UnsteadyDirectory(http.server.SimpleHTTPRequestHandler):
+    """Serves a directory, with listings; fails at the first `times` requests of each path that `at` names."""
+
+    fault, at, times = "503", "", 1
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def do_HEAD(self) -> None:
+        self.stumble(super().do_HEAD)
+
+    def do_GET(self) -> None:
+        self.stumble(super().do_GET)
+
+    def stumble(self, answer: Callable[[], None]) -> None:
+        kind = type(self)
+        path = self.path.rstrip("/") or "/"
+        kind.asked[path] += 1
+        if not path.endswith(kind.at) or kind.asked[path] > kind.times:
+            answer()
+        elif kind.fault.isdigit():
+            self.send_error(int(kind.fault))
+        else:  # a reset, which fsspec's own `find` takes for an empty directory
+            self.close_connection = True
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stumbling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, type[UnsteadyDirectory]]]:
+    monkeypatch.setattr(urls, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(urls, "TRIES", 4)
+
+    class Handler(UnsteadyDirectory):
+        asked: ClassVar[Counter[str]] = Counter()
+
+    for name in ("a.jsonl", "in/b.jsonl", "in/deep/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl(TEXTS))
+    handler = functools.partial(Handler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", Handler
+        server.shutdown()
+
+
+@pytest.mark.parametrize("fault", ["503", "reset"])
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("/in/b.jsonl", ["in/b.jsonl"]),
+        ("/*.jsonl", ["a.jsonl"]),
+        ("/*/*.jsonl", ["in/b.jsonl"]),
+        ("/**/*.jsonl", ["a.jsonl", "in/b.jsonl", "in/deep/c.jsonl"]),
+        ("/in/", ["in/b.jsonl", "in/deep/c.jsonl"]),
+    ],
+)
+def test_a_server_that_stumbles_is_asked_again_what_it_has(
+    url: str, expected: list[str], fault: str, stumbling: tuple[str, type[UnsteadyDirectory]]
+) -> None:
+    address, handler = stumbling
+    handler.fault, handler.times = fault, 3  # HEAD and GET are one attempt
+    found = files.list_files(address + url, lambda name: name.endswith(".jsonl"))
+    assert [file.name for file in found] == [f"{address}/{name}" for name in expected]
+    assert all(file.size == len(jsonl(TEXTS)) for file in found)
+
+
+def test_a_directory_that_does_not_answer_is_not_left_out(
+    stumbling: tuple[str, type[UnsteadyDirectory]],
+) -> None:
+    address, handler = stumbling
+    handler.fault, handler.at, handler.times = "reset", "/deep", 99
+    with pytest.raises(UserError, match=r"cannot be listed: 4 attempts failed; the last: Client"):
+        files.list_files(f"{address}/**/*.jsonl", lambda name: True)
+    assert handler.asked["/in/deep"] >= 4  # aiohttp asks again itself where a connection was used before
+
+
+def test_a_server_that_does_not_answer_is_not_one_without_the_file(
+    stumbling: tuple[str, type[UnsteadyDirectory]], tmp_path: Path
+) -> None:
+    address, handler = stumbling
+    (tmp_path / "index.json").write_text("{}")
+    handler.times = 3
+    assert files.holds(address, "index.json")
+    assert not files.holds(address, "nothing.json")
+    handler.at, handler.times = "/index.json", 99
+    with pytest.raises(UserError, match=r"cannot be listed: 4 attempts failed; the last: .*503"):
+        files.holds(f"{address}/", "index.json")
+    handler.fault = "403"  # what some servers say of every file that they do not have
+    assert not files.holds(f"{address}/", "index.json")
+    with pytest.raises(UserError, match=r"index\.json cannot be listed: .*403"):
+        files.list_files(f"{address}/index.json", lambda name: True)
+
+
+def _of_library(name: str, *bases: type[Exception], **values: Any) -> Exception:
+    """An error of a package that need not be installed."""
+    module, _, kind = name.rpartition(".")
+    error = type(kind, bases or (Exception,), {"__module__": module})("said so")
+    for key, value in values.items():
+        setattr(error, key, value)
+    return error
+
+
+def _of_s3(status: int) -> Exception:
+    response = {"Error": {"Code": "X"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return _of_library("botocore.exceptions.ClientError", response=response)
+
+
+HTTPX = importlib.import_module(HfHubHTTPError.__mro__[1].__module__)
+"""What huggingface_hub asks with: httpx, or httpx2."""
+
+
+def _of_hub(status: int) -> Exception:
+    response = HTTPX.Response(status, request=HTTPX.Request("GET", "https://hub"))
+    return HfHubHTTPError("said so", response=response)
+
+
+def _from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passes", "missing"),
+    [
+        (OSError("no"), True, False),
+        (TimeoutError(), True, False),
+        (OSError(errno.ENOSPC, "full"), False, False),
+        (PermissionError(), False, False),
+        (ValueError(), False, False),
+        (FileNotFoundError(), False, True),
+        (_from(FileNotFoundError(), KeyError()), False, True),
+        (_from(FileNotFoundError(), aiohttp.ServerDisconnectedError()), True, False),
+        (_from(FileNotFoundError(), TimeoutError()), True, False),
+        (_from(FileNotFoundError(), _of_library("x.Error", status=404)), False, True),
+        (_from(FileNotFoundError(), _of_library("x.Error", status=403)), False, False),
+        (_from(FileNotFoundError(), _of_library("x.Error", status=503)), True, False),
+        (_from(OSError(errno.EIO, "?"), _of_s3(401)), False, False),
+        (_from(OSError(errno.EBUSY, "SlowDown"), _of_s3(503)), True, False),
+        (_from(FileNotFoundError(), _of_s3(404)), False, True),
+        (_of_s3(403), False, False),
+        (_of_s3(429), True, False),
+        (_of_library("botocore.exceptions.NoCredentialsError"), False, False),
+        (_of_library("botocore.exceptions.HTTPClientError"), True, False),
+        (_of_library("gcsfs.retry.HttpError", code=403), False, False),
+        (_of_library("gcsfs.retry.HttpError", code="502"), True, False),
+        (_of_library("azure.core.exceptions.HttpResponseError", status_code=409), False, False),
+        (_of_library("azure.core.exceptions.ServiceRequestError"), True, False),
+        (_of_library("google.auth.exceptions.TransportError"), True, False),
+        (_of_library("huggingface_hub.errors.OfflineModeIsEnabled", ConnectionError), False, False),
+        (_of_hub(401), False, False),
+        (_of_hub(500), True, False),
+        (HTTPX.ReadTimeout("slow"), True, False),
+        (HTTPX.ConnectError("refused"), True, False),
+        (HTTPX.UnsupportedProtocol("nope"), False, False),
+        (_of_library("httpcore.RemoteProtocolError"), True, False),
+        (aiohttp.ClientPayloadError("cut"), True, False),
+        (aiohttp.InvalidURL("nope"), False, False),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, Exception) else "",
+)
+def test_what_may_pass(error: Exception, passes: bool, missing: bool) -> None:
+    assert (urls.may_pass(error), urls.is_missing(error)) == (passes, missing)

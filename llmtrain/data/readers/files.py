@@ -9,9 +9,9 @@ import functools
 import glob
 import gzip
 import io
-import logging
+import math
 import os
-import time
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,21 +19,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from llmtrain.config import UserError
-
-logger = logging.getLogger(__name__)
+from llmtrain.data.readers.urls import filesystem, is_missing, reason, retrying
 
 T = TypeVar("T")
 
 CHUNK = 1 << 20
 """Bytes read at a time."""
 _REMOTE_BLOCK = 8 << 20  # bytes a remote file is asked for at a time: a slice is read front to back
-TRIES = 8
-"""Attempts at a block of a remote file that fails for reasons that may pass."""
-FIRST_DELAY, MAX_DELAY = 0.5, 30.0
-"""Seconds before the second attempt, doubled from attempt to attempt, and the longest."""
-_TRANSIENT_LIBRARIES = {"aiohttp", "botocore", "fsspec", "gcsfs", "google", "azure", "requests", "urllib3"}
-_PERMANENT_STATUS = {400, 401, 403, 404, 405, 410}
-_PERMANENT = (ImportError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _MARKS = (
     "ETag", "etag", "checksum", "md5", "md5Hash", "Content-MD5", "Digest", "sha256", "blob_id", "generation",
     "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created",
@@ -105,18 +97,6 @@ def _is_hidden(parts: tuple[str, ...] | list[str]) -> bool:
 # URLs
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    """(file system, path in it); UserError for a protocol that is unknown or lacks its package."""
-    from fsspec.core import url_to_fs
-
-    try:
-        return url_to_fs(url)
-    except ImportError as error:  # fsspec says which package is missing
-        raise UserError(f"{url}: {error} (with pip)") from error
-    except ValueError as error:
-        raise UserError(f"{url}: {error}") from error
-
-
 @contextmanager
 def _listing(url: str) -> Iterator[None]:
     """Whatever a file system raises while it is asked about names is a UserError."""
@@ -125,7 +105,7 @@ def _listing(url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # each of fsspec's file systems has errors of its own
-        raise UserError(f"{url} cannot be listed: {type(error).__name__}: {error}") from error
+        raise UserError(f"{url} cannot be listed: {reason(error)}") from error
 
 
 @functools.lru_cache(maxsize=256)
@@ -133,58 +113,96 @@ def holds(url: str, name: str) -> bool:
     """Whether a directory behind a URL holds a file of this name; asked once a process."""
     if _is_pattern(url):
         return False
-    filesystem, path = _filesystem(url)
     with _listing(url):
-        return bool(filesystem.isfile(f"{path.rstrip('/')}/{name}"))
+        files, path = filesystem(url)
+        # Not `isfile`, which takes a server that does not answer for one without the file. Some say
+        # "forbidden" of every file that they do not have.
+        with suppress(FileNotFoundError, PermissionError):
+            return bool(retrying(lambda: files.info(f"{path.rstrip('/')}/{name}"), url)["type"] == "file")
+        return False
 
 
 def _is_pattern(url: str) -> bool:
-    """A `?` in a web address begins its query."""
-    return any(sign in url for sign in ("*[" if url.startswith(("http://", "https://")) else "*?["))
+    return any(sign in url for sign in _signs(url))
+
+
+def _signs(url: str) -> str:
+    """What makes a pattern of a URL; a `?` in a web address begins its query."""
+    return "*[" if url.startswith(("http://", "https://")) else "*?["
 
 
 def _list_remote(url: str, suits: Callable[[str], bool]) -> list[InputFile]:
-    filesystem, path = _filesystem(url)
     with _listing(url):
+        files, path = filesystem(url)
         if "::" in url:  # a chain, such as an archive behind a server, is one exact file
-            return [_remote(url, filesystem.info(path))]
+            return [_remote(url, retrying(lambda: files.info(path), url))]
         if _is_pattern(url):
-            found = filesystem.glob(path, detail=True)
+            found = _matches(files, path, url)
             if "/." not in url:  # as the shell does, and Python's glob
                 found = {name: info for name, info in found.items() if not _is_hidden(name.split("/"))}
         else:
             try:
-                info = filesystem.info(path)
+                info = retrying(lambda: files.info(path), url)
             except FileNotFoundError as error:
-                _check_answered(url, error)
+                if not is_missing(error):
+                    raise
                 return []
             if info["type"] == "file" and not url.endswith("/"):
                 return [_remote(url, info)]
-            below = filesystem.find(path, detail=True)
+            below = _below(files, path, math.inf, url)
             depth = len(path.rstrip("/").split("/"))
             found = {
                 name: info
                 for name, info in below.items()
                 if suits(name) and not _is_hidden(name.split("/")[depth:])
             }
-        infos = [(name, info) for name, info in found.items() if info["type"] == "file"]
         return [
-            _remote(filesystem.unstrip_protocol(name), _sized(filesystem, name, info)) for name, info in infos
+            _remote(files.unstrip_protocol(name), _sized(files, name, info)) for name, info in found.items()
         ]
 
 
-def _check_answered(url: str, error: FileNotFoundError) -> None:
-    """fsspec's http says of a server that does not answer that the file is not there."""
-    cause = error.__cause__
-    if cause is not None and getattr(cause, "status", 404) != 404:
-        raise UserError(f"{url}: the server answers {getattr(cause, 'status', '')}: {cause}") from error
-    if cause is not None and not hasattr(cause, "status") and not isinstance(cause, FileNotFoundError):
-        raise UserError(f"{url} cannot be reached: {cause}") from error
+def _matches(files: Any, path: str, url: str) -> dict[str, dict[str, Any]]:
+    """What a file system says of each file that a pattern matches, by path."""
+    from fsspec.utils import glob_translate
+
+    first = min(path.find(sign) for sign in _signs(url) if sign in path)
+    root = path[: path.rfind("/", 0, first) + 1]
+    depth = math.inf if "**" in path else path.count("/", len(root)) + 1
+    pattern = re.compile(glob_translate(path))
+    return {name: info for name, info in _below(files, root, depth, url).items() if pattern.match(name)}
 
 
-def _sized(filesystem: Any, name: str, info: dict[str, Any]) -> dict[str, Any]:
+def _below(files: Any, root: str, depth: float, url: str) -> dict[str, dict[str, Any]]:
+    """What a file system says of each file up to `depth` levels below a directory, by path.
+
+    Its own `find` is not asked: it leaves out a directory whose server does not answer.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    level = [root]
+    while level and depth > 0:
+        below = []
+        for directory in level:
+            for info in _entries(files, directory, url):
+                if info["type"] == "file":
+                    found[info["name"]] = info
+                elif info["name"].strip("/") != directory.strip("/"):  # some list the directory, too
+                    below.append(info["name"])
+        level, depth = below, depth - 1
+    return found
+
+
+def _entries(files: Any, directory: str, url: str) -> list[dict[str, Any]]:
+    try:
+        return list(retrying(lambda: files.ls(directory, detail=True), url))
+    except FileNotFoundError as error:
+        if not is_missing(error):
+            raise
+        return []
+
+
+def _sized(files: Any, name: str, info: dict[str, Any]) -> dict[str, Any]:
     """A listing page tells no sizes; the file's own header may."""
-    return info if info.get("size") is not None else filesystem.info(name)
+    return info if info.get("size") is not None else retrying(lambda: files.info(name), name)
 
 
 def _remote(url: str, info: dict[str, Any]) -> InputFile:
@@ -200,8 +218,7 @@ def open_raw(name: str) -> BinaryIO:
     """The bytes of a file as they are stored; OSError where it cannot be opened or, later, read on."""
     if not is_url(name):
         return Path(name).open("rb")
-    filesystem, path = _filesystem(name)
-    return cast("BinaryIO", _RemoteFile(filesystem, path))
+    return cast("BinaryIO", _RemoteFile(name))
 
 
 class _RemoteFile(io.RawIOBase):
@@ -210,9 +227,10 @@ class _RemoteFile(io.RawIOBase):
     A web server that sends whole files only is read from the start, and what is not wanted is passed over.
     """
 
-    def __init__(self, filesystem: Any, path: str) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self._filesystem, self._path = filesystem, path  # kept: an archive's file system closes its files
+        self._name = name
+        self._filesystem, self._path = filesystem(name)  # kept: an archive's file system closes its files
         self._file: Any = None
         self._place = 0  # the next byte to read
         self._whole = False  # the server sends whole files only
@@ -235,24 +253,19 @@ class _RemoteFile(io.RawIOBase):
             left -= len(passed)
 
     def _retry(self, action: Callable[[], T]) -> T:
-        """The result of `action`, tried again, ever later, while it fails for reasons that may pass."""
-        delay = FIRST_DELAY
-        for attempt in range(1, TRIES + 1):
+        def attempt() -> T:
             try:
                 return action()
-            except Exception as error:  # each of fsspec's file systems has errors of its own
-                reason = f"{type(error).__name__}: {error}".rstrip(": ")
-                if not _may_pass(error):
-                    raise error if isinstance(error, OSError) else OSError(reason) from error
-                if attempt == TRIES:
-                    raise OSError(f"{TRIES} attempts failed; the last: {reason}") from error
-                logger.warning(
-                    "%s: %s; attempt %d of %d in %.1f s", self._path, reason, attempt + 1, TRIES, delay
-                )
-            self._let_go()  # nobody knows how far it came
-            time.sleep(delay)
-            delay = min(2 * delay, MAX_DELAY)
-        raise AssertionError("TRIES is at least 1")
+            except Exception:
+                self._let_go()  # nobody knows how far it came
+                raise
+
+        try:
+            return retrying(attempt, self._name)
+        except OSError:
+            raise
+        except Exception as error:  # each of fsspec's file systems has errors of its own
+            raise OSError(reason(error)) from error
 
     def read(self, size: int | None = -1) -> bytes:
         content = self._retry(lambda: self._read(-1 if size is None else size))
@@ -305,17 +318,6 @@ class _RemoteFile(io.RawIOBase):
         if file is not None:
             with suppress(Exception):  # it was only read
                 file.close()
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether an error is about the network or a server; libraries have their own kinds, imported or not."""
-    cause: BaseException = error
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
-        cause = error.__cause__  # fsspec's http says so of a server that does not answer, too
-    if isinstance(cause, _PERMANENT) or getattr(cause, "status", None) in _PERMANENT_STATUS:
-        return False
-    modules = {kind.__module__.partition(".")[0] for kind in type(cause).__mro__}
-    return isinstance(cause, OSError) or bool(modules & _TRANSIENT_LIBRARIES)
 
 
 @contextmanager
