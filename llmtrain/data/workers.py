@@ -44,10 +44,7 @@ DEATHS = 2
 TYPICAL = 16 << 20
 """Bytes of a part whose size nobody knows."""
 _PR_SET_PDEATHSIG = 1
-_BOOT = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-    "from llmtrain.data.workers import work; work(*sys.argv[1:])"
-)
+_BOOT = "import sys; from llmtrain.data.workers import work; work(*sys.argv[1:])"
 _ALONE = {  # a process a core: threads inside would only be in each other's way
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -280,6 +277,7 @@ class Crew:
             [sys.executable, "-P", "-c", _BOOT, *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
+            process_group=0,  # Ctrl-C is for this process alone
             env={**os.environ, **_ALONE, "PYTHONPATH": os.pathsep.join(paths)},
         )
         theirs.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from llmtrain.config import UserError
@@ -38,7 +40,7 @@ from llmtrain.data.prepare import (
 from llmtrain.data.progress import LogProgress, work
 from llmtrain.data.readers import cutting
 from llmtrain.data.records import REASONS, Document
-from llmtrain.data.shards import ShardedSource
+from llmtrain.data.shards import LocalShards, ShardedSource
 from llmtrain.data.tokenizing import batches, is_held_out
 from llmtrain.tokenizer import BytesConfig, BytesTokenizer, HuggingFaceConfig, SentencePieceConfig
 
@@ -111,6 +113,21 @@ def tokens_of(directory: Path | str | None) -> list[list[int]]:
     return found
 
 
+def test_complete_shards_are_asked_once_what_came_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(one(write_texts(tmp_path / "a.jsonl", some_texts(50))), BYTES, tmp_path / "cache")
+    opened: list[Path] = []
+
+    class Counted(LocalShards):
+        def __init__(self, directory: Path) -> None:
+            opened.append(directory)
+            super().__init__(directory)
+
+    monkeypatch.setattr("llmtrain.data.prepared.LocalShards", Counted)
+    came = [prepared.conservation("one") for _ in range(3)]
+    assert came[0] and came == [came[0]] * 3
+    assert len(opened) == 2  # train and validation
+
+
 def test_every_document_is_in_exactly_one_split(tmp_path: Path) -> None:
     texts = [*some_texts(300), "", "漢字 🎉", "", some_texts(1)[0]]  # the last is the first once more
     file = write_texts(tmp_path / "a.jsonl", texts)
@@ -131,9 +148,6 @@ def test_every_document_is_in_exactly_one_split(tmp_path: Path) -> None:
     again = prepare(one(file), BYTES, tmp_path / "cache")
     splits = {"train": len(train), "held_out": len(held_out)}
     assert again.conservation("one") == {**expected, **splits, "complete": True}
-    for index in Path(str(again.sources["one"].train)).parent.glob("*/index.json"):
-        index.unlink()
-    assert again.conservation("one") == {**expected, **splits, "complete": True}, "it is looked at once"
     assert again.rejected("one") == rejected
     assert again.quarantine("one") == []  # an empty record is no mistake, and there is nothing to keep
 
@@ -704,6 +718,86 @@ def test_the_dead_are_told_from_the_living_in_containers_too(slow: Path, tmp_pat
     assert clear() == [unfinished]
     shutil.copytree(source / "train/shard-00000", source / "train/shard-00003")
     assert clear() == []
+
+
+DOOR = """
+import sys
+import llmtrain.data.prepare
+from llmtrain.data.readers import cutting
+from llmtrain.prepare import main
+
+cutting.SMALLEST, llmtrain.data.prepare.SMALL = 100_000, 0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def open_door(home: Path, cache: str) -> subprocess.Popen[str]:
+    """`llmtrain prepare` with two workers and small parts, in a process group of its own."""
+    (home / "door.py").write_text(DOOR)
+    keys = ["data=files", f"data.sources.text.path={home}/a.jsonl", "data.workers=2", "tokenizer=bytes"]
+    command = [sys.executable, home / "door.py", *keys, f"cache_dir={home / cache}"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, process_group=0
+    )
+
+
+def end_by(
+    process: subprocess.Popen[str], number: signal.Signals, shards: int, home: Path
+) -> tuple[int, str]:
+    """Send a signal to the whole group once so many shards are there; its exit code and what it said.
+
+    None of its workers is left.
+    """
+    while len(list(home.glob("cache/shards/*/train/shard-*"))) < shards and process.poll() is None:
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children() if process.poll() is None else []
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=30)
+    _, left = psutil.wait_procs(workers, timeout=5)
+    assert not left
+    return process.returncode, said
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file() and ".claims" not in path.parts]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_the_door_may_be_killed_again_and_again(tmp_path: Path) -> None:
+    write_texts(tmp_path / "a.jsonl", some_texts(40_000))
+    undisturbed = open_door(tmp_path, "undisturbed")
+    kills, chosen = 0, random.Random(0)
+    for number in range(5):
+        code, said = end_by(open_door(tmp_path, "cache"), signal.SIGKILL, 1 + 4 * number, tmp_path)
+        assert code in (0, -signal.SIGKILL), said
+        kills += code != 0
+        time.sleep(chosen.random() / 10)
+    assert kills > 2
+    last = open_door(tmp_path, "cache")
+    _, said = last.communicate(timeout=60)
+    assert last.returncode == 0 == undisturbed.wait(timeout=60), said
+    assert content(tmp_path / "cache/shards") == content(tmp_path / "undisturbed/shards") != {}
+    assert not [path for path in tmp_path.glob("cache/**/.*tmp*")]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "error: interrupted"),
+        (signal.SIGTERM, 143, "error: stopped by SIGTERM; the same command goes on"),
+    ],
+)
+def test_signals_end_the_door_in_one_line(
+    number: signal.Signals, code: int, line: str, tmp_path: Path
+) -> None:
+    write_texts(tmp_path / "a.jsonl", some_texts(40_000))
+    found, said = end_by(open_door(tmp_path, "cache"), number, 1, tmp_path)
+    progress = [other for other in said.splitlines() if other.startswith("prepare ")]  # where it is slow
+    assert (found, said.splitlines()) == (code, [*progress, line])
+    assert not list(tmp_path.glob("cache/**/.tmp-*"))
 
 
 def test_two_processes_at_once_do_the_work_once(slow: Path, tmp_path: Path) -> None:
