@@ -6,8 +6,10 @@ All run in process, which is where each of them is fastest on memory-mapped file
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import count, pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,7 +37,10 @@ def _collated(windows: Iterable[Any], rows: int) -> Iterator[Tensors]:
 
 
 class MosaicML:
-    """StreamingDataset over a Stream with a proportion for each source."""
+    """StreamingDataset over a Stream with a proportion for each source.
+
+    What it shares with other processes it would leave behind: lock files, and memory.
+    """
 
     @staticmethod
     def prepare(files: TokenFiles) -> None:
@@ -53,6 +58,7 @@ class MosaicML:
 
         clean_stale_shared_memory()
         local = files.directory / "mosaicml"
+        tempfile.tempdir = str(local)  # of this process, for its locks
         self.rows = rows
         self.dataset = StreamingDataset(
             streams=[Stream(local=str(local / name), proportion=weight) for name, weight in WEIGHTS.items()],
@@ -67,9 +73,13 @@ class MosaicML:
         if start:
             state = self.dataset.state_dict(first * self.rows, from_beginning=True) | {"epoch": epoch}
             self.dataset.load_state_dict(state)
-        while True:
-            yield from _collated((sample["tokens"] for sample in self.dataset), self.rows)
-            yield None
+        try:
+            while True:
+                yield from _collated((sample["tokens"] for sample in self.dataset), self.rows)
+                yield None
+        finally:
+            for left in Path("/dev/shm").glob(f"{self.dataset._shm_prefix_int:06}_*"):
+                left.unlink()
 
     def state(self, batches: int) -> str | None:
         return json.dumps(self.dataset.state_dict(batches * self.rows, from_beginning=True))
