@@ -267,6 +267,17 @@ class Preparation:
             raise UserError(*error["lines"], exit_code=error["exit_code"])
 
 
+class NotMadeError(UserError):
+    """A shard that is wanted now is not there, and the one who wants it does not wait."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        super().__init__(
+            f"data.sources.{source}: text that this needs is not tokenised yet; the run tokenises it in the"
+            " order of its training: ask again later"
+        )
+
+
 class Crew(Protocol):
     """Whoever makes the parts, as far as one who waits cares."""
 
@@ -284,7 +295,7 @@ class Crew(Protocol):
         """These parts come first from now on, in this order."""
 
     def need(self, preparation: Preparation, number: int) -> None:
-        """This part is waited for."""
+        """This part is waited for; UserError where it must not be."""
 
     def check(self) -> None:
         """Raise if no more parts will be made."""
@@ -324,7 +335,7 @@ class GrowingShards:
             self._crew.want(self._preparation, shards)
 
     def path(self, shard: int) -> Path:
-        """The directory of a shard; waits until it is made. UserError where that has failed."""
+        """The directory of a shard; waits until it is made. UserError where it will not come, or not soon."""
         path = shard_path(self.directory, shard)
         if self._local is not None or path.is_dir():
             return path

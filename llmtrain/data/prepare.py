@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -93,34 +93,6 @@ def look(data: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Prepared:
     header = Header(tokenizer.fingerprint, tokenizer.vocab_size, data.boundary)
     sources = {name: _source(name, source, data, header, cache_dir) for name, source in data.sources.items()}
     return Prepared(tokenizer, sources, cache_dir, data.remote_cache_bytes)
-
-
-class OnDemand:
-    """Makes a part when somebody waits for it, in this process, and no other."""
-
-    error: UserError | None = None
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def schedule(self, order: Mapping[str, Sequence[int]], weights: Mapping[str, float]) -> None:
-        """There is no order but that of the questions."""
-
-    def want(self, preparation: Preparation, numbers: Sequence[int]) -> None:
-        """What is only wanted is not made."""
-
-    def need(self, preparation: Preparation, number: int) -> None:
-        """Make it now, unless another process does."""
-        preparation.begin()
-        with cache_errors(preparation.directory, f"source {preparation.name}"):
-            make(preparation.task(number), self._tokenizer, lambda *_: None)
-        preparation.finish()
-
-    def check(self) -> None:
-        """Somebody else makes the part."""
-
-    def close(self) -> None:
-        """Nothing is under way."""
 
 
 def check_inputs(data: DataConfig) -> None:

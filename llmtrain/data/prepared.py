@@ -26,6 +26,10 @@ class PreparedSource:
     preparation: Preparation | None = field(default=None, compare=False)
     """What makes them, where they are made from text."""
 
+    def is_there(self) -> bool:
+        """Whether all its shards are."""
+        return all(place is None or is_prepared(place) for place in (self.train, self.validation))
+
 
 @runtime_checkable
 class Closing(Protocol):
@@ -171,11 +175,6 @@ class Prepared:
             assert train is not None
             sources[name] = PreparedSource(_place(train), _place(validation) if validation else None)
         return cls(tokenizer, sources, cache_dir, remote_bytes)
-
-    def is_there(self) -> bool:
-        """Whether there are sources, and all shards of theirs."""
-        places = [place for source in self.sources.values() for place in (source.train, source.validation)]
-        return bool(places) and all(place is None or is_prepared(place) for place in places)
 
     def as_dict(self) -> dict[str, dict[str, str | None]]:
         """The absolute path (or URL) of each source's shards, as JSON."""

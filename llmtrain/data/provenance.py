@@ -41,11 +41,6 @@ class WindowOrigin(NamedTuple):
     """The same tokens by document."""
 
 
-def rows_of(dataset: PackedDataset, step: int) -> list[WindowOrigin]:
-    """Where the rows of a step of training come from, by row."""
-    return [row_of(dataset, step, row) for row in range(dataset.global_batch_size)]
-
-
 def row_of(dataset: PackedDataset, step: int, row: int) -> WindowOrigin:
     """Where a row of the global batch of a step comes from; its source has to be in the dataset."""
     assert step >= 1 and 0 <= row < dataset.global_batch_size, (step, row)

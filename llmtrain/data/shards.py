@@ -175,7 +175,6 @@ class ShardedSource:
         self._checked: dict[int, tuple[tuple[int, int], bytearray]] = {}
         self._manifest = lru_cache(MAX_MANIFESTS)(self._load_manifest)
         self._input_ends = lru_cache(MAX_MANIFESTS)(self._sum_inputs)
-        self._files: dict[str, list[int]] | None = None
         self._lock = threading.Lock()
         self._learn()
 
@@ -265,21 +264,15 @@ class ShardedSource:
         """The files behind a shard in the order of its documents, {file, unit, documents} each; waits."""
         return list(self._manifest(shard)["inputs"])
 
+    def positions(self, shard: int) -> NDArray[np.int64]:
+        """The byte or row of each of a shard's documents in its file, int64 [documents], mapped; waits."""
+        return self._documents_table("origins", shard)
+
     def origin(self, shard: int, document: int) -> Origin:
         """Where a shard's document comes from; waits."""
-        position = int(self._documents_table("origins", shard)[document])
+        position = int(self.positions(shard)[document])
         one = self._manifest(shard)["inputs"][bisect_right(self._input_ends(shard), document)]
         return Origin(one["file"], one["unit"], position)
-
-    def find(self, file: str) -> list[int]:
-        """The shards that hold documents of a file; the first call reads the manifest of every shard."""
-        if self._files is None:
-            files: dict[str, list[int]] = {}
-            for shard in range(self.shards):
-                for name in {one["file"] for one in self._load_manifest(shard)["inputs"]}:
-                    files.setdefault(name, []).append(shard)
-            self._files = files
-        return list(self._files.get(file, []))
 
     def _sum_inputs(self, shard: int) -> list[int]:
         return list(accumulate(one["documents"] for one in self._manifest(shard)["inputs"]))

@@ -180,7 +180,9 @@ class Stream:
         beyond = self.first_window(epoch) + (span + 1) * self._shuffle_span
         if self._units is not None:
             beyond = min(beyond, self.first_window(epoch + 1))
-        epochs, rest = self._pass_of((beyond - 1) * self.stride + self._reach - 1)
+        # The last of them, if it is still to come, may end in text that is not made yet.
+        last = beyond - 1 if self.served(beyond - 1) < served else beyond - 2
+        epochs, rest = self._pass_of(last * self.stride + self._reach - 1)
         homes = self._cutting.homes(shard, start, stop)
         found: set[int] = set()
         for epoch in range(epochs + 1):

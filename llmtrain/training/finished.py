@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +13,22 @@ import torch
 from pydantic import ValidationError
 
 from llmtrain.config import UserError, describe
+from llmtrain.data.artefacts import POLL, cache_errors
 from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import is_same_text
-from llmtrain.data.prepare import OnDemand, look
+from llmtrain.data.growing import NotMadeError, Preparation
+from llmtrain.data.prepare import look
 from llmtrain.data.prepared import Prepared
 from llmtrain.data.shards import ShardedSource
+from llmtrain.data.tokenizing import make
 from llmtrain.model import Decoder
 from llmtrain.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.training.checkpoint import checkpoints, read_record
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.weights import consolidated_weights
 from llmtrain.training.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,28 +48,83 @@ class FinishedRun:
 
         Other text is a UserError.
         """
-        train, held_out = open_sources(self.path, self.config, self.tokenizer)
+        train, held_out = open_text(self.path, self.config, self.tokenizer, waits=True).open()
         for name, source in self.record["data"]["sources"].items():
             if name in train and not is_same_text(train[name], source):
                 raise UserError(f"data.sources.{name}: its text is not what {self.path} was trained on")
         return train, held_out
 
 
-def open_sources(
-    path: Path, config: TrainConfig, tokenizer: Tokenizer
-) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
-    """Training and held-out text of a run: the shards it reads, or the same text prepared again.
+def open_text(path: Path, config: TrainConfig, tokenizer: Tokenizer, *, waits: bool) -> Prepared:
+    """The text of a run: the shards it reads, or the same text prepared again.
 
-    What is not there yet of a run that is at work is waited for, and made where no run is.
+    What becomes of shards that are not there, `MissingShards` says.
     """
     directory = RunDirectory(path)
-    places = directory.read_json("data/prepared.json") or {}
-    prepared = Prepared.from_dict(tokenizer, places, config.cache_dir, config.data.remote_cache_bytes)
-    if not prepared.is_there():
-        prepared = look(config.data, tokenizer, config.cache_dir)
-        if not directory.is_locked():
-            prepared.crew = OnDemand(tokenizer)
-    return prepared.open()
+    written = directory.read_json("data/prepared.json") or {}
+    prepared = Prepared.from_dict(tokenizer, written, config.cache_dir, config.data.remote_cache_bytes)
+    there = {name: source for name, source in prepared.sources.items() if source.is_there()}
+    sources = {name: source for name, source in config.data.sources.items() if name not in there}
+    others = look(config.data.model_copy(update={"sources": sources}), tokenizer, config.cache_dir)
+    prepared.sources = there | others.sources
+    prepared.crew = MissingShards(directory, tokenizer, waits=waits)
+    return prepared
+
+
+class MissingShards:
+    """What becomes of shards that a reader of a run asks for and nobody has made yet (a `Crew`).
+
+    Where no run is at work they are made here, one after another. A run makes them itself, in the order of
+    its training: a reader that `waits` has to wait for them, and for any other they are a NotMadeError.
+    """
+
+    error: UserError | None = None
+
+    def __init__(self, directory: RunDirectory, tokenizer: Tokenizer, *, waits: bool) -> None:
+        self._directory, self._tokenizer, self._waits = directory, tokenizer, waits
+        self._told: set[str] = set()
+
+    def schedule(self, order: Mapping[str, Sequence[int]], weights: Mapping[str, float]) -> None:
+        """There is no order but that of the questions."""
+
+    def want(self, preparation: Preparation, numbers: Sequence[int]) -> None:
+        """What is only wanted is not made."""
+
+    def need(self, preparation: Preparation, number: int) -> None:
+        """Make it, unless a run is at work."""
+        if not self._directory.is_locked():
+            self._make(preparation, number)
+        elif not self._waits:
+            raise NotMadeError(preparation.name)
+
+    def check(self) -> None:
+        """UserError where the run that is waited for is gone."""
+        if not self._directory.is_locked():
+            raise UserError(
+                f"{self._directory.path}: the run ended before it had tokenised the text that is needed; "
+                "ask again, and it is tokenised here"
+            )
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+    def _make(self, preparation: Preparation, number: int) -> None:
+        self._tell(preparation)
+        preparation.begin()
+        with cache_errors(preparation.directory, f"source {preparation.name}"):
+            while not make(preparation.task(number), self._tokenizer, lambda *_: None):
+                time.sleep(POLL)  # another process has it; where that dies, it is made here
+        preparation.finish()
+
+    def _tell(self, preparation: Preparation) -> None:
+        """One line a source."""
+        if preparation.name not in self._told:
+            self._told.add(preparation.name)
+            logger.info(
+                "%s: %d of %d shards are there; others that are needed are tokenised now, in this process"
+                " (`llmtrain prepare` does it on every core)",
+                preparation.name, len(preparation.done()), len(preparation.parts),
+            )  # fmt: skip
 
 
 class LocalModel:

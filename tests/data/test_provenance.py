@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config import UserError
 from llmtrain.data.batch import IGNORED
 from llmtrain.data.dataset import PackedDataset
-from llmtrain.data.provenance import WindowOrigin, documents_of, row_of, rows_of, steps_of
+from llmtrain.data.provenance import WindowOrigin, documents_of, row_of, steps_of
 from llmtrain.data.windows import Piece
 from tests.data.array_source import ArraySource, GrowingSource, numbered
 
@@ -67,7 +67,8 @@ def test_the_rows_are_the_tokens_that_training_gets(
     data = dataset(texts, weights, skip=skip, shuffle_span=span, packing=packing, max_padding=0.1)
     for step in range(1, 9):
         batch = data.rows(step, 0, G)
-        for row, origin in enumerate(rows_of(data, step)):
+        for row in range(G):
+            origin = row_of(data, step, row)
             tokens = token_ids(data, origin)
             inputs, last = batch.input_ids[row].tolist(), batch.labels[row, -1].item()
             assert tokens[:L] == inputs[: len(tokens)]
@@ -76,7 +77,6 @@ def test_the_rows_are_the_tokens_that_training_gets(
             assert data.names[batch.source_ids[row]] == origin.source
             assert sum(piece.stop - piece.start for piece in origin.pieces) == len(tokens)
             assert packing == "best_fit" or (last == tokens[L] and len(tokens) == L + 1)
-            assert origin == row_of(data, step, row)
 
 
 def labelled(data: PackedDataset, until_step: int) -> dict[int, set[tuple[int, int]]]:
@@ -167,6 +167,51 @@ def test_a_source_that_grows_is_asked_for_no_more_than_was_served() -> None:
     assert steps_of(data, "a", made[0], 0, 5 * L, 2)
     assert steps_of(data, "a", next(i for i in range(40) if i not in made), 0, 5 * L, 2) == []
     assert growing.asked == made
+
+
+class PartOfSource(GrowingSource):
+    """A source of which only some shards are made, and of which no other may be asked for."""
+
+    def __init__(self, source: ArraySource, made: Sequence[int]) -> None:
+        super().__init__(source)
+        self.made = made
+
+    def _make(self, shard: int) -> None:
+        assert shard in self.made
+        super()._make(shard)
+
+
+@given(
+    shards=shard_lists,
+    steps=st.integers(1, 6),
+    span=st.integers(1, 6),
+    packing=st.sampled_from(["cut", "best_fit"]),
+)
+@example(shards=[[7 * L - 4]] * 4, steps=1, span=7, packing="cut")  # the last window of the span crosses
+@example(shards=[[9 * L - 4]] * 4, steps=1, span=9, packing="cut")
+@settings(max_examples=40, deadline=None)
+def test_what_was_trained_needs_no_more_text_than_the_training(
+    shards: list[list[int]], steps: int, span: int, packing: str
+) -> None:
+    """Rows to documents and documents to rows: with the shards that training asked for, and no others."""
+    whole = dataset({"a": shards}, packing=packing, shuffle_span=span)
+
+    def over(source: GrowingSource) -> PackedDataset:
+        order: dict[str, Any] = {"seed": 3, "documents": "attend", "shuffle_span": span, "packing": packing}
+        return PackedDataset({"a": source}, {"a": 1}, seq_len=L, global_batch_size=G, **order)
+
+    growing = GrowingSource(numbered(shards))
+    trained = over(growing)
+    for step in range(1, steps + 1):
+        trained.rows(step, 0, G)
+    asked = over(PartOfSource(numbered(shards), growing.asked))
+    for step in range(1, steps + 1):
+        for row in range(G):
+            assert row_of(asked, step, row) == row_of(whole, step, row)
+    asked = over(PartOfSource(numbered(shards), growing.asked))
+    for shard in growing.asked:
+        found = [steps_of(data, "a", shard, 0, sum(shards[shard]), steps) for data in (asked, whole)]
+        assert found[0] == found[1]
 
 
 def test_a_source_that_is_gone_is_named() -> None:

@@ -214,7 +214,7 @@ def test_manifest_hash_is_the_contents_alone(tmp_path: Path) -> None:
     assert len({first["manifest_hash"], *hashes}) == 7
 
 
-def test_find(tmp_path: Path) -> None:
+def test_where_documents_come_from(tmp_path: Path) -> None:
     for number, names in enumerate([["x", "y"], [], ["y", "z", "y"]]):
         writer = ShardWriter(shard_path(tmp_path, number), HEADER)
         for row, name in enumerate(names):
@@ -223,7 +223,8 @@ def test_find(tmp_path: Path) -> None:
         writer.finish()
     write_index(tmp_path, HEADER, 3)
     source = ShardedSource.open(tmp_path)
-    assert [source.find(name) for name in ("x", "y", "z", "other")] == [[0], [0, 2], [2], []]
+    assert [[one["file"] for one in source.inputs(shard)] for shard in range(3)] == [[*"xy"], [], [*"yzy"]]
+    assert [source.positions(shard).tolist() for shard in range(3)] == [[0, 1], [], [0, 1, 2]]
     assert source.origin(2, 2) == ("y", "row", 2) and source.origin(2, 1) == ("z", "row", 1)
 
 

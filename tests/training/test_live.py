@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from llmtrain.config import UserError
+from llmtrain.training.run_directory import RunDirectory
+from llmtrain.where import where
 from tests.training.test_resume import records
 
 MEGABYTES = {"web": 24, "books": 17}
@@ -127,3 +132,37 @@ def test_a_run_that_waits_for_text_stops_when_one_rank_is_told(ranks, live, tmp_
     assert job.wait(60) == [85, 85], job.output()
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
     assert not workers(tmp_path / "cache")
+
+
+@pytest.mark.timeout(240)
+def test_where_answers_beside_a_run_whose_text_is_still_made_and_after_kill_9(ranks, live, tmp_path):
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    options = ["max_steps=1000000", "checkpoint.every=1000000", "data.workers=1"]
+    job = ranks.start([*live, f"cache_dir={cache}", *options], 1, tmp_path)
+    deadline = time.monotonic() + 120
+    while len({path.parent for path in cache.glob("shards/*/train/shard-*")}) < 2:
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.002)
+    for worker in workers(cache):
+        os.kill(worker, signal.SIGSTOP)  # what is not made now stays so
+    while not RunDirectory(run).read_metrics():
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.05)
+
+    trained = list(where(run, {"step": "1"}))
+    assert len(trained) == 8
+    rows = []
+    with pytest.raises(UserError, match="1 of 2 shards are made; the run makes them in the order of its"):
+        rows.extend(where(run, {"step": "1000000"}))
+    assert len(rows) < 8
+
+    job.kill(signal.SIGKILL)
+    job.wait()
+    assert list(where(run, {"step": "1"})) == trained
+    made = len(list(cache.glob("shards/*/train/shard-*")))
+    command = [sys.executable, "-m", "llmtrain.where", str(run), "step=1000000", "format=json"]
+    after = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert len(after.stdout.splitlines()) == 8
+    assert after.stderr.count("1 of 2 shards are there; others that are needed are tokenised now") > 0
+    assert len(list(cache.glob("shards/*/train/shard-*"))) > made
+    assert not workers(cache)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llmtrain.config import UserError
+from llmtrain.config.hydra import compose
 from llmtrain.data.batch import IGNORED
+from llmtrain.data.prepare import look
+from llmtrain.data.readers import cutting
+from llmtrain.data.tokenizing import is_held_out, make
+from llmtrain.training.build import build_dataset
+from llmtrain.training.config import TrainConfig
+from llmtrain.training.finished import open_text, read_config
+from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.where import find_document, find_text, open_data, rows_at, steps_with
 from llmtrain.where import where
+from tests.data.test_prepare import some_texts, write_texts
 from tests.ranks import RECORD
 
 L, G, MICRO = 64, 8, 2
@@ -217,3 +230,204 @@ def test_stop_change_weights_add_a_source_kill_resume_and_nothing_is_repeated_or
         assert ledger[name]["tokens"] == len(served) * L
     assert sum(entry["tokens"] for entry in ledger.values()) == (saved + 4) * G * L
     assert (tmp_path / "run/data/order.json").stat().st_size < 2048
+
+
+# A run whose text is still being tokenised
+
+MADE = {"web": 3, "books": 5}
+"""Shards that are made, the first ones of the order; there are about ten of each."""
+BAD = 40
+"""A line of web.jsonl that is no JSON."""
+
+
+@pytest.fixture
+def half_made(tiny, tmp_path, monkeypatch) -> Iterator[RunDirectory]:
+    """A run at work that has trained five steps, and has made the text of some more."""
+    monkeypatch.setattr(cutting, "SMALLEST", 4000)
+    options = [word for word in tiny if not word.startswith(("+data.", "cache_dir="))]
+    for seed, name in enumerate(MADE):
+        file = write_texts(tmp_path / f"{name}.jsonl", some_texts(500, seed))
+        options += [f"+data.sources.{name}.path={file}", f"+data.sources.{name}.weight=0.5"]
+    lines = (tmp_path / "web.jsonl").read_text().splitlines(keepends=True)
+    lines[BAD] = "{broken\n"
+    (tmp_path / "web.jsonl").write_text("".join(lines))
+    options += ["data.max_bad_fraction=0.1", "data.validation_fraction=0.1", "data.shuffle_span=4"]
+    config = compose(TrainConfig, [*options, f"cache_dir={tmp_path}/cache"])
+    directory, tokenizer = RunDirectory(tmp_path / "run"), config.tokenizer.load()
+    prepared = look(config.data, tokenizer, config.cache_dir)
+    dataset = build_dataset(config, prepared.open()[0])
+    directory.lock()
+    directory.write_config(config)
+    tokenizer.save(directory.path / "tokenizer")
+    directory.write_json("data/prepared.json", prepared.as_dict())
+    directory.write_json("data/order.json", dataset.state(0))
+    directory.append_metrics({"step": 5})
+    for name, count in MADE.items():
+        preparation = prepared.sources[name].preparation
+        assert preparation is not None
+        preparation.begin()
+        for number in dataset.streams[name].first_order[:count]:
+            assert make(preparation.task(number), tokenizer, lambda *_: None)
+    yield directory
+    directory.unlock()
+
+
+def shards_made(run: RunDirectory, name: str) -> int:
+    prepared = json.loads((run.path / "data/prepared.json").read_text())
+    return len(list(Path(prepared[name]["train"]).glob("shard-*")))
+
+
+def asked(run: RunDirectory, **question: str) -> tuple[list[dict[str, Any]], str]:
+    """The answers, and the error that came after them."""
+    answers: list[dict[str, Any]] = []
+    try:
+        answers.extend(where(run.path, question))
+    except UserError as error:
+        return answers, str(error)
+    return answers, ""
+
+
+@pytest.mark.timeout(60)
+def test_a_step_is_answered_as_far_as_its_text_is_made(half_made):
+    there = open_data(half_made.path)
+    ends = {  # the window of each source that ends in text which is not made
+        name: int(
+            there.sources[name].lengths(np.array(there.dataset.streams[name].first_order[:count])).sum()
+        )
+        // L
+        for name, count in MADE.items()
+    }
+    steps = range(1, 91, 3)
+    partly = {step: asked(half_made, step=str(step)) for step in steps}
+    assert [shards_made(half_made, name) for name in MADE] == [*MADE.values()]
+    half_made.unlock()
+    whole = {step: asked(half_made, step=str(step)) for step in steps}
+    for step, (answers, error) in partly.items():
+        assert (len(answers) == G) == (not error)
+        assert step > 5 or not error, "it was trained"
+        expected, _ = whole[step]
+        assert answers == [row for row in expected if row in answers]
+        for row in expected:
+            assert (row in answers) or row["window"] + 4 >= ends[row["source"]], row
+    some = next(step for step, (answers, _) in partly.items() if 0 < len(answers) < G)
+    answers, error = partly[some]
+    total = there.sources["web"].shards
+    assert {row["source"] for row in answers} == {"books"}
+    assert error == (
+        f"step={some}: {G - len(answers)} of its rows are of web, of which 3 of {total} shards are made; the "
+        "run makes them in the order of its training: ask again later"
+    )
+    assert partly[88][0] == []
+    assert "books, of which 5 of" in partly[88][1]
+    assert all(len(answers) == G and not error for answers, error in whole.values())
+
+
+def a_document(run: RunDirectory, name: str, *, made: bool) -> tuple[str, str]:
+    """The place (file:byte) of a training document whose shard is made, or not, and its last word."""
+    data = open_data(run.path)
+    first, last = (0, MADE[name]) if made else (MADE[name], None)
+    numbers = data.dataset.streams[name].first_order[first:last]
+    preparation = data.prepared.sources[name].preparation
+    assert preparation is not None
+    (piece,) = preparation.parts[numbers[0]].slices
+    at = 0
+    for line in Path(piece.file).read_text().splitlines(keepends=True):
+        if (
+            at > piece.start
+            and line.startswith('{"')
+            and not is_held_out(json.loads(line)["text"].encode(), 0.1)
+        ):
+            return f"{piece.file}:{at}", json.loads(line)["text"].split()[-1] + "\n"
+        at += len(line)
+    raise AssertionError
+
+
+@pytest.mark.timeout(60)
+def test_a_text_is_searched_in_what_is_made(half_made, caplog):
+    caplog.set_level(logging.INFO)
+    total = open_data(half_made.path).sources["web"].shards
+    place, word = a_document(half_made, "web", made=True)
+    ((answer,), error) = asked(half_made, text=f" {word}")
+    assert (f"{answer['file']}:{answer['byte']}", error) == (place, "")
+    assert caplog.messages.count(f"web: 3 of {total} shards are made; the rest is not searched") == 1
+    place, word = a_document(half_made, "web", made=False)
+    assert "contains it in the shards that the run has made so far" in asked(half_made, text=f" {word}")[1]
+    assert shards_made(half_made, "web") == 3
+    half_made.unlock()
+    ((answer,), error) = asked(half_made, text=f" {word}")
+    assert (f"{answer['file']}:{answer['byte']}", error) == (place, "")
+
+
+@pytest.mark.timeout(60)
+def test_a_document_is_searched_in_what_is_made(half_made, caplog):
+    caplog.set_level(logging.INFO)
+    place, _ = a_document(half_made, "books", made=True)
+    ((answer,), error) = asked(half_made, document=place)
+    assert (f"{answer['file']}:{answer['byte']}", error) == (place, "")
+    assert "books: 5 of" in caplog.text
+    place, _ = a_document(half_made, "books", made=False)
+    assert "in the shards that the run has made so far; ask again" in asked(half_made, document=place)[1]
+    assert shards_made(half_made, "books") == 5
+    half_made.unlock()
+    assert [f"{one['file']}:{one['byte']}" for one in asked(half_made, document=place)[0]] == [place]
+
+
+def test_a_document_that_no_step_has_is_told_why(half_made, tmp_path):
+    half_made.unlock()
+    file = tmp_path / "web.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    places = np.cumsum([0, *map(len, lines)])
+    texts = [json.loads(line)["text"] if number != BAD else "" for number, line in enumerate(lines)]
+    held_out = [number for number, text in enumerate(texts) if text and is_held_out(text.encode(), 0.1)]
+    trained = [number for number, text in enumerate(texts) if text and number not in held_out]
+
+    def why(place: int) -> str:
+        return asked(half_made, document=f"{file}:{place}")[1]
+
+    for number in (held_out[0], held_out[-1]):
+        assert why(places[number]) == f"document={file}:{places[number]}: is held out, so no step has it"
+    assert "is a bad record (malformed JSON, see" in why(places[BAD])
+    after = trained[100]
+    before = trained[99]
+    assert why(places[after] - 1).endswith(f"are {file}:{places[before]} and {file}:{places[after]}")
+    assert why(10**9).endswith(f"the nearest are {file}:{places[trained[-1]]}")
+    everything, error = asked(half_made, document=str(file))
+    assert ([one["byte"] for one in everything], error) == ([places[number] for number in trained], "")
+    assert "did you mean" in asked(half_made, document=f"{file}x:0")[1]
+
+
+@pytest.mark.timeout(60)
+def test_text_that_no_run_makes_any_more_is_made_here_and_that_is_said_once(half_made, caplog):
+    caplog.set_level(logging.INFO)
+    half_made.unlock()  # as kill -9 leaves it
+    answers, error = asked(half_made, step="1")
+    assert (len(answers), error) == (G, "")
+    assert "tokenised now" not in caplog.text
+    answers, error = asked(half_made, step="60")
+    assert (len(answers), error) == (G, "")
+    said = sorted(message for message in caplog.messages if "tokenised now, in this process" in message)
+    assert [message.partition(" of ")[0] for message in said] == ["books: 5", "web: 3"]
+    assert MADE["web"] < shards_made(half_made, "web") < open_data(half_made.path).sources["web"].shards
+
+
+@pytest.mark.timeout(60)
+def test_a_reader_that_waits_hears_that_the_run_has_ended(half_made):
+    config = read_config(half_made.path)
+    train, _ = open_text(half_made.path, config, config.tokenizer.load(), waits=True).open()
+    missing = open_data(half_made.path).dataset.streams["web"].first_order[-1]
+    heard: list[str] = []
+
+    def wait() -> None:
+        try:
+            train["web"].offsets(missing)
+        except UserError as error:
+            heard.append(str(error))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    time.sleep(0.5)
+    assert waiting.is_alive(), heard
+    half_made.unlock()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+    assert "the run ended before it had tokenised" in heard[0]
