@@ -16,8 +16,8 @@ def evaluate(run: Path, step: int | None) -> dict[str, Any]:
     without: they are prepared again if they are no longer in the run's cache.
     """
     from llmtrain.distributed import World
-    from llmtrain.training.build import mixture_weights
-    from llmtrain.training.evaluation import Baselines, evaluate_model
+    from llmtrain.training.build import build_dataset
+    from llmtrain.training.evaluation import Unigram, evaluate_model, open_held_out
     from llmtrain.training.finished import LocalModel, open_finished
     from llmtrain.training.report import write_report
     from llmtrain.training.run_directory import RunDirectory
@@ -25,21 +25,13 @@ def evaluate(run: Path, step: int | None) -> dict[str, Any]:
     finished = open_finished(run, step)
     config = finished.config
     train_sources, held_out = finished.sources()
+    dataset = build_dataset(config, train_sources).resumed(finished.record["data"])
     results = evaluate_model(
         LocalModel(finished.model).loss,
-        held_out,
-        seq_len=config.seq_len,
-        rows=config.micro_batch_size,
-        documents=config.data.documents,
-        documents_limit=config.callbacks.evaluation.documents,
-        boundary_targets=config.data.trains_boundaries,
+        open_held_out(held_out, config, config.callbacks.evaluation.documents),
         world=World(),
-        baselines=Baselines(
-            train_sources,
-            mixture_weights(config.data, train_sources),
-            finished.tokenizer.vocab_size,
-            config.seed,
-        ),
+        unigram=Unigram.of(dataset, finished.step, finished.tokenizer.vocab_size),
+        shuffle_seed=config.seed,
     )
     RunDirectory(run).write_json("eval/heldout.json", {"step": finished.step, **results})
     write_report(run)

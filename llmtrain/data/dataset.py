@@ -11,7 +11,7 @@ import logging
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from itertools import accumulate
 from typing import Any, Literal
@@ -89,14 +89,10 @@ class Batches:
         self._ahead.append(self._submit())
         return batch
 
-    def is_ready(self, seconds: float) -> bool:
-        """Whether `next` would return or raise at once, asked for so long."""
-        return not wait([self._ahead[0]], seconds).not_done
-
     @property
-    def error(self) -> BaseException | None:
-        """What `next` would raise, of a batch that is ready."""
-        return self._ahead[0].exception()
+    def upcoming(self) -> Future[Batch]:
+        """What `next` will return."""
+        return self._ahead[0]
 
     def close(self) -> None:
         """Read nothing more."""
@@ -186,6 +182,12 @@ class PackedDataset:
         orders = {name: stream.first_order for name, stream in self.streams.items()}
         shares = self.mixture.shares(self._order_done(steps_done) * self.global_batch_size)
         return orders, {name: shares.get(name, 0.0) for name in orders}
+
+    def shards_read(self, steps_done: int) -> dict[str, list[int]]:
+        """Each source's shards that so many steps come to in its first pass, in its order; waits."""
+        served = self.mixture.counts(self._order_done(steps_done) * self.global_batch_size)
+        counts = dict(zip(self.mixture.names, served, strict=True))
+        return {name: stream.first_shards(counts.get(name, 0)) for name, stream in self.streams.items()}
 
     def segment_length(self, step: int) -> int | None:
         """How long a segment may be at a step: it grows linearly; None once documents are whole."""

@@ -353,8 +353,8 @@ class GrowingShards:
             if time.monotonic() - spoke > patience:
                 spoke, patience = time.monotonic(), REMIND
                 logger.info(
-                    "waiting for %s: shard %d of %d is being tokenised (%d of %d done; %.0f s)",
-                    self._preparation.name, shard + 1, self.count, len(self._preparation.done()), self.count,
-                    spoke - began,
+                    "waiting for %s: %sshard %d of %d is being tokenised (%d of %d done; %.0f s)",
+                    self._preparation.name, "" if self._split == TRAIN else "held-out ", shard + 1,
+                    self.count, len(self._preparation.done()), self.count, spoke - began,
                 )  # fmt: skip
         return path

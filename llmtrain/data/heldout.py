@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -47,7 +47,8 @@ class HeldOut:
         self.documents = self.text_bytes = 0
         lengths: list[int] = []
         while len(lengths) < source.shards and self.documents != documents_limit:
-            shard = _next_shard(source, len(lengths))
+            shard = len(lengths)
+            source.want(range(shard, min(shard + SHARDS_AHEAD, source.shards)))
             left = None if documents_limit is None else documents_limit - self.documents
             text_bytes = source.text_bytes(shard)[:left]
             self.documents += len(text_bytes)
@@ -75,17 +76,19 @@ class HeldOut:
         return Row(0, self._source, self._layout.pieces(0, start, stop))
 
 
-def unigram_counts(source: TokenSource, vocab_size: int, limit_tokens: int | None = None) -> np.ndarray:
-    """How often each id occurs in the first `limit_tokens` tokens (None: all): int64 [vocab_size].
+def unigram_counts(
+    source: TokenSource, shards: Sequence[int], vocab_size: int, limit_tokens: int | None = None
+) -> np.ndarray:
+    """How often each id occurs in these shards, int64 [vocab_size].
 
-    No shard behind the limit is asked for.
+    Counted are their first `limit_tokens` tokens (None: all); no shard behind the limit is asked for.
     """
     counts = np.zeros(vocab_size, np.int64)
     read = 0
-    for shard in range(source.shards):
+    for number, shard in enumerate(shards):
         if read == limit_tokens:
             break
-        _next_shard(source, shard)
+        source.want(shards[number : number + SHARDS_AHEAD])
         length = int(source.lengths(np.array([shard]))[0])
         if limit_tokens is not None:
             length = min(length, limit_tokens - read)
@@ -94,9 +97,3 @@ def unigram_counts(source: TokenSource, vocab_size: int, limit_tokens: int | Non
             counts += np.bincount(ids, minlength=vocab_size)
         read += length
     return counts
-
-
-def _next_shard(source: TokenSource, shard: int) -> int:
-    """The shard, with those behind it on their way."""
-    source.want(range(shard, min(shard + SHARDS_AHEAD, source.shards)))
-    return shard

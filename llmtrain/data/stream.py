@@ -150,6 +150,13 @@ class Stream:
             pieces += layout.pieces(epoch, 0, min(stop, layout.end))
         return self._cutting.pieces(pieces)
 
+    def first_shards(self, windows: int) -> list[int]:
+        """The shards of so many windows from the beginning, those of the first pass in its order; waits."""
+        stop = windows * self.stride
+        layout = self._laid_out(0, stop)
+        stop = min(stop, layout.end)
+        return layout.order[: layout.place(stop - 1) + 1].tolist() if stop else []
+
     # Inverse: tokens -> k
 
     def served(self, window: int) -> int:

@@ -136,7 +136,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     stop = StopRequest()
     stop.listen()
     tokenizer, step = prepared.tokenizer, 0
-    train_sources, held_out = prepared.open()
+    train_sources, held_out = open_alike(prepared)
     dataset = build_dataset(config, train_sources)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = config.deepspeed.resolve_precision(config.precision, device, distributed.fast_bf16_cpu())
@@ -166,10 +166,19 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
         checkpoint=checkpoint,
         stop=stop,
         step=step,
-        waits=distributed.broadcast_object(prepared.is_remote or not prepared.complete),
+        waits=any(distributed.gather_objects(prepared.is_remote or not prepared.complete)),
         schedule=config.scheduler.build(config.max_steps),
         callbacks=[EvaluationCallback(config.callbacks.evaluation), SampleCallback(config.callbacks.sample)],
     )
+
+
+def open_alike(prepared: Prepared) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
+    """Training and held-out text; what one rank already knows to hold nothing out, no rank evaluates."""
+    train_sources, held_out = prepared.open()
+    known = distributed.gather_objects(list(held_out))
+    return train_sources, {
+        name: source for name, source in held_out.items() if all(name in names for names in known)
+    }
 
 
 def _tell_mixture(dataset: PackedDataset, steps: int) -> None:

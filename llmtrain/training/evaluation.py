@@ -4,7 +4,8 @@ bits per byte = summed loss of the targets in nats / ln 2 / UTF-8 bytes of the c
 across tokenizers, unlike a loss a token. Where a document's first token is no target (data.documents=separate
 without a bos id), its bytes still count, for the model and the baselines alike.
 
-unigram   the best that a model without any context does: token frequencies of the training text
+unigram   the best that a model without any context does: token frequencies of the training text, as far as
+          the run has read it
 shuffled  the model itself, its inputs permuted within each document piece, its targets unchanged: a model
           that uses the order of its context gets worse
 """
@@ -16,7 +17,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,24 +25,49 @@ import torch
 from llmtrain import distributed
 from llmtrain.config import UserError
 from llmtrain.data.batch import IGNORED, Batch
+from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.heldout import HeldOut, unigram_counts
-from llmtrain.data.mixture import Weight
-from llmtrain.data.packing import Documents
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
 
+if TYPE_CHECKING:
+    from llmtrain.training.config import TrainConfig
+
 UNIGRAM_TOKENS = 50_000_000
-"""Tokens from the beginning of a source that its unigram frequencies are taken from at most."""
+"""Tokens of a source that its unigram frequencies are taken from at most."""
 
 
 @dataclass(frozen=True)
-class Baselines:
-    """What the baselines need: training text, its relative weights, the real vocabulary's size, a seed."""
+class Unigram:
+    """Token frequencies of the training text, mixed by its weights."""
 
-    train_sources: Mapping[str, ShardedSource]
-    weights: Mapping[str, Weight]
-    vocab_size: int
-    seed: int
+    nats: np.ndarray
+    """The negative log probability of each id, [vocab_size]."""
+    tokens: dict[str, int]
+    """How many tokens of each source were counted."""
+
+    @classmethod
+    def of(cls, dataset: PackedDataset, step: int, vocab_size: int) -> Unigram:
+        """Add-one frequencies a source, mixed by the weights after the step; waits for shards that it reads.
+
+        Counted are the first UNIGRAM_TOKENS tokens of the shards that the run has come to by this step, in
+        the order of the first pass: the order of the data decides, not how fast text is tokenised.
+        """
+        _, weights = dataset.needs(step)
+        probability, tokens = np.zeros(vocab_size), {}
+        for name, shards in dataset.shards_read(step).items():
+            counts = unigram_counts(dataset.streams[name].source, shards, vocab_size, UNIGRAM_TOKENS)
+            tokens[name] = int(counts.sum())
+            probability += weights[name] * (counts + 1) / (tokens[name] + vocab_size)
+        return cls(-np.log(probability), tokens)
+
+    def loss(self, text: HeldOut) -> float:
+        """The sum of the losses of a text's targets, in nats."""
+        total = 0.0
+        for batch in text:
+            labels = batch.labels.numpy()
+            total += float(self.nats[labels[labels != IGNORED]].sum())
+        return total
 
 
 @dataclass(frozen=True)
@@ -78,49 +104,61 @@ class Score:
         return nats / math.log(2) / self.bytes if nats is not None and self.tokens and self.bytes else None
 
 
+def open_held_out(
+    sources: Mapping[str, ShardedSource], config: TrainConfig, documents_limit: int | None
+) -> dict[str, HeldOut]:
+    """The first `documents_limit` documents of each source in the order of its shards; waits for them.
+
+    They are the same however far the text is tokenised. Sources that turn out to have none are left out.
+    """
+    texts = {
+        name: HeldOut(
+            source,
+            config.seq_len,
+            config.micro_batch_size,
+            documents_limit,
+            config.data.documents,
+            config.data.trains_boundaries,
+        )
+        for name, source in sources.items()
+    }
+    return {name: text for name, text in texts.items() if text.documents}
+
+
 def evaluate_model(
     loss: Callable[[Batch], torch.Tensor],
-    held_out: Mapping[str, ShardedSource],
+    held_out: Mapping[str, HeldOut],
     *,
-    seq_len: int,
-    rows: int,
-    documents: Documents,
-    documents_limit: int | None,
-    boundary_targets: bool | None = None,
     world: World,
-    baselines: Baselines | None = None,
+    unigram: Unigram | None = None,
+    shuffle_seed: int | None = None,
 ) -> dict[str, Any]:
-    """Scores of held-out sources: {"sources": {name: {loss, bits_per_byte, ...}}, "all": {...}}.
+    """Scores of held-out text: {"sources": {name: {loss, bits_per_byte, ...}}, "all": {...}}.
 
-    `loss(batch)` sums each row's target losses [rows] without gradient; it gets `rows` rows at a time and is
-    called equally often on every rank. Sums are float64 and over all ranks, so that neither ranks nor rows
-    change the result beyond rounding. `documents`, its limit and `boundary_targets` are those of `HeldOut`.
-    The unigram baseline is computed by the main rank alone and is None on the others.
+    `loss(batch)` sums each row's target losses [rows] without gradient and is called equally often on every
+    rank. Sums are float64 and over all ranks, so that neither ranks nor rows change the result beyond
+    rounding. A baseline is None without its `unigram` (which one rank may have alone; "unigram_tokens" says
+    what it was counted from) or its `shuffle_seed`.
     """
     if not held_out:
         raise UserError(
             "no held-out documents: data.validation_fraction was 0, or too small for so little text"
         )
-    texts = [
-        HeldOut(source, seq_len, rows, documents_limit, documents, boundary_targets)
-        for source in held_out.values()
-    ]
-    seed = None if baselines is None else baselines.seed
-    sums = torch.stack([_sum_losses(loss, text, world, seed) for text in texts])
+    sums = torch.stack([_sum_losses(loss, text, world, shuffle_seed) for text in held_out.values()])
     totals = distributed.all_reduce_sum(sums).tolist()
-    unigram = _unigram(baselines) if baselines is not None and world.is_main else None
     scores = [
         Score(
             model,
-            None if unigram is None else _unigram_loss(unigram, text),
-            None if seed is None else shuffled,
+            None if unigram is None else unigram.loss(text),
+            None if shuffle_seed is None else shuffled,
             int(targets),
             text.text_bytes,
         )
-        for text, (model, shuffled, targets) in zip(texts, totals, strict=True)
+        for text, (model, shuffled, targets) in zip(held_out.values(), totals, strict=True)
     ]
     sources = {name: score.as_dict() for name, score in zip(held_out, scores, strict=True)}
-    return {"sources": sources, "all": reduce(operator.add, scores).as_dict()}
+    counted = {} if unigram is None else {"unigram_tokens": unigram.tokens}
+    return {"sources": sources, "all": reduce(operator.add, scores).as_dict(), **counted}
 
 
 def shuffle_context(batch: Batch, seeds: Sequence[Sequence[int]]) -> Batch:
@@ -156,25 +194,6 @@ def _sum_losses(
         targets = (batch.labels != IGNORED).sum().to(model)
         total = total + torch.stack([model, shuffled, targets])
     assert isinstance(total, torch.Tensor)
-    return total
-
-
-def _unigram(baselines: Baselines) -> np.ndarray:
-    """Negative log probability of each id in nats: add-one frequencies a source, mixed by the weights."""
-    whole = sum(float(weight) for weight in baselines.weights.values())
-    probability = np.zeros(baselines.vocab_size)
-    for name, weight in baselines.weights.items():
-        source = baselines.train_sources[name]
-        counts = unigram_counts(source, baselines.vocab_size, UNIGRAM_TOKENS) + 1
-        probability += float(weight) / whole * counts / counts.sum()
-    return -np.log(probability)
-
-
-def _unigram_loss(unigram: np.ndarray, text: HeldOut) -> float:
-    total = 0.0
-    for batch in text:
-        labels = batch.labels.numpy()
-        total += float(unigram[labels[labels != IGNORED]].sum())
     return total
 
 

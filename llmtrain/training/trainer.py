@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import Any
 
@@ -13,6 +15,7 @@ from llmtrain import distributed
 from llmtrain.config import ExitCode, UserError
 from llmtrain.data.dataset import Batches
 from llmtrain.training.build import Run, describe_run
+from llmtrain.training.callbacks import Callback
 from llmtrain.training.checkpoint import load_checkpoint, save_checkpoint, sweep
 from llmtrain.training.engine.engine import StepResult
 from llmtrain.training.metrics import step_metrics, write_ledger
@@ -24,7 +27,7 @@ MAX_SKIPPED = 3
 """Steps in a row with a gradient that is not finite after which a run ends."""
 
 DATA_POLL = 0.2
-"""Seconds after which ranks whose rows are not there look whether somebody wants to stop."""
+"""Seconds after which ranks whose text is not there look whether somebody wants to stop."""
 
 REPORT_SECONDS = 60.0
 """A report is written with a checkpoint at most this often: it reads all the metrics so far."""
@@ -46,7 +49,8 @@ def fit(run: Run) -> None:
 def _loop(run: Run, batches: Batches) -> None:
     """A step's line is logged before its checkpoint is saved: a kill between them only logs it again."""
     while not (run.finished or run.stop.agreed):
-        if run.waits and not _await_data(run, batches):
+        due = [callback for callback in run.callbacks if callback.is_due(run, run.step + 1)]
+        if not _load(run, batches, due):
             return
         began = time.perf_counter()
         lr = run.config.optimizer.lr * run.schedule(run.step + 1)
@@ -55,7 +59,6 @@ def _loop(run: Run, batches: Batches) -> None:
         run.skipped = 0 if result.applied else run.skipped + 1
         run.stop.agreed = result.stop
         run.losses.add(result)
-        due = [callback for callback in run.callbacks if callback.is_due(run)]
         if due or run.finished or run.skipped or result.stop or run.step % run.config.log_every == 0:
             line = step_metrics(run, result, lr, time.perf_counter() - began)
             for callback in due:
@@ -67,32 +70,54 @@ def _loop(run: Run, batches: Batches) -> None:
             save(run)
 
 
-def _await_data(run: Run, batches: Batches) -> bool:
-    """Wait until every rank has its rows; False where somebody asked to stop while some had not.
+def _load(run: Run, batches: Batches, due: Sequence[Callback]) -> bool:
+    """Have the rows of the next step there, and the text that callbacks read after it; whether they are.
+
+    While text may be on its way the ranks wait for it together.
+    """
+    step = run.step + 1
+    if not run.waits:
+        for callback in due:
+            callback.load(run, step)
+        return True
+    reader = ThreadPoolExecutor(1, thread_name_prefix="llmtrain-callbacks")
+    loads = [reader.submit(callback.load, run, step) for callback in due]
+    reader.shutdown(wait=False)
+    return _await(run, [batches.upcoming, *loads])
+
+
+def _await(run: Run, loads: Sequence[Future[Any]]) -> bool:
+    """Wait until every rank has loaded its text; False where somebody asked to stop while some had not.
 
     All ranks agree about it, so that none stands in a collective for one that never comes. The step that is
     done is saved first, also where a rank's text cannot be read, which ends the run.
     """
+    prepared, sources = run.prepared, run.train_sources.values()
     while True:
-        ready = batches.is_ready(DATA_POLL)
-        error = batches.error if ready else run.prepared.error
-        failed = error is not None
-        complete = all(source.complete for source in run.train_sources.values())
-        mine = [ready and not failed, failed, run.stop.requested, complete and not run.prepared.is_remote]
-        tensor = torch.tensor(mine, dtype=torch.int32, device=run.engine.device)
-        ready_ranks, failed_ranks, stops, complete_ranks = distributed.all_reduce_sum(tensor).tolist()
-        if (failed_ranks or (stops and ready_ranks < run.world.world_size)) and run.step:
+        done, missing = wait(loads, DATA_POLL)
+        errors = [load.exception() for load in done] + ([prepared.error] if missing else [])
+        error = next(filter(None, errors), None)
+        growing = prepared.is_remote or not all(source.complete for source in sources)
+        flags = bool(missing), error is not None, run.stop.requested, growing
+        waiting, failed, stop, growing = _any_rank(run, *flags)
+        if (failed or (stop and waiting)) and run.step:
             save(run)
-        if failed_ranks:
-            if error is not None:
-                raise error
-            raise UserError(f"another rank cannot read its rows of step {run.step + 1}: see what it says")
-        if ready_ranks == run.world.world_size:
-            run.waits = complete_ranks < run.world.world_size
+        if error is not None:
+            raise error
+        if failed:
+            raise UserError(f"another rank cannot read its text of step {run.step + 1}: see what it says")
+        if not waiting:
+            run.waits = growing
             return True
-        if stops:
+        if stop:
             run.stop.agreed = True
             return False
+
+
+def _any_rank(run: Run, *flags: bool) -> list[bool]:
+    """Of each flag, whether some rank has raised it; collective."""
+    raised = torch.tensor(flags, dtype=torch.int32, device=run.engine.device)
+    return [count > 0 for count in distributed.all_reduce_sum(raised).tolist()]
 
 
 def _log(run: Run, line: dict[str, Any]) -> None:

@@ -64,15 +64,17 @@ def test_unigram_counts(shards: list[list[int]], limit: int | None) -> None:
     tokens = [token % 7 for token in range(sum(map(sum, shards)))]
     ids = iter(tokens)
     source = ArraySource([[[next(ids) for _ in range(length)] for length in shard] for shard in shards])
-    counts = unigram_counts(source, 9, limit)
+    counts = unigram_counts(source, range(source.shards), 9, limit)
     assert counts.tolist() == [Counter(tokens[:limit])[i] for i in range(9)]
 
 
 def test_unigram_counts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     source = ArraySource([[[1, 1, 2, 3, 3, 3, 1]], [[2, 2]]])
     monkeypatch.setattr(heldout, "CHUNK", 2)
-    assert unigram_counts(source, 4).tolist() == [0, 3, 3, 3]
-    assert unigram_counts(source, 4, 5).tolist() == [0, 2, 1, 2]
+    assert unigram_counts(source, [0, 1], 4).tolist() == [0, 3, 3, 3]
+    assert unigram_counts(source, [0, 1], 4, 5).tolist() == [0, 2, 1, 2]
+    assert unigram_counts(source, [1, 0], 4, 5).tolist() == [0, 2, 3, 0]
+    assert unigram_counts(source, [], 4).tolist() == [0, 0, 0, 0]
 
 
 def test_boundary_targets_as_in_training() -> None:
@@ -91,5 +93,5 @@ def test_only_the_shards_that_the_limit_needs_are_made() -> None:
     for ours, theirs in zip(held_out, expected, strict=True):
         assert (ours.labels == theirs.labels).all()
     counting = GrowingSource(complete)
-    assert unigram_counts(counting, 50, 10).tolist() == [1] * 10 + [0] * 40
+    assert unigram_counts(counting, range(7), 50, 10).tolist() == [1] * 10 + [0] * 40
     assert counting.asked == [0, 1, 2]

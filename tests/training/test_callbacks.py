@@ -52,7 +52,6 @@ class Run:
     directory: RunDirectory
     config: Any
     engine: Plain
-    train_sources: dict[str, ShardedSource]
     held_out: dict[str, ShardedSource]
     dataset: PackedDataset
     world: World = field(default_factory=World)
@@ -111,7 +110,7 @@ def run(tmp_path: Path) -> Run:
     )  # fmt: skip
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
-    return Run(directory, config, Plain(decoder), train, held_out, dataset)
+    return Run(directory, config, Plain(decoder), held_out, dataset)
 
 
 def lines_of(
@@ -122,7 +121,8 @@ def lines_of(
     lines: dict[int, dict[str, Any]] = {}
     for run.step in range(1, last + 1):
         lines[run.step] = {"step": run.step}
-        if callback.is_due(run):
+        if callback.is_due(run, run.step):
+            callback.load(run, run.step)
             callback.after_step(run, lines[run.step])
     return lines
 
@@ -167,7 +167,8 @@ def test_the_unigram_is_mixed_by_the_weights_of_the_run(run: Run) -> None:
         "documents": "separate",
         "shuffle_span": 64,
     }
-    run.dataset = PackedDataset(run.train_sources, stages, **order)
+    train = {name: stream.source for name, stream in run.dataset.streams.items()}
+    run.dataset = PackedDataset(train, stages, **order)
     assert lines_of(EvaluationCallback(config), run)[10]["eval/unigram_bits_per_byte"] > 1.02 * mixed
 
 
@@ -184,6 +185,21 @@ def test_without_held_out_documents_nothing_is_evaluated(run: Run, caplog: pytes
     assert all(set(line) == {"step"} for line in lines.values())
     assert "data.validation_fraction" in caplog.text
     assert not run.directory.eval.exists()
+
+
+def test_a_source_that_turns_out_to_hold_nothing_out_is_left_out(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EvaluationConfig(every=0, documents=None)
+    alone = lines_of(EvaluationCallback(config), run)[10]
+    empty = write_source(tmp_path / "empty" / "validation", "", 0, 0)
+    run.held_out["empty"] = empty
+    assert lines_of(EvaluationCallback(config), run)[10] == alone
+    assert "empty" not in run.directory.read_json("eval/heldout.json")["sources"]
+    run.held_out = {"empty": empty}
+    with caplog.at_level(logging.INFO):
+        assert lines_of(EvaluationCallback(config), run)[10] == {"step": 10}
+    assert "nothing will be evaluated" in caplog.text
 
 
 def test_other_ranks_write_nothing(run: Run) -> None:

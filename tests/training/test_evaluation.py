@@ -3,21 +3,26 @@ from __future__ import annotations
 import math
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 from llmtrain.data.batch import IGNORED, Batch
+from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.heldout import HeldOut
+from llmtrain.data.prepared import Prepared
+from llmtrain.data.windows import TokenSource
 from llmtrain.distributed import World
-from llmtrain.training.evaluation import Baselines, evaluate_model, shuffle_context
-from tests.data.array_source import ArraySource
+from llmtrain.training.build import open_alike
+from llmtrain.training.evaluation import Unigram, evaluate_model, open_held_out, shuffle_context
+from tests.data.array_source import ArraySource, GrowingSource
 
 VOCAB = 11
 SEQ_LEN = 6
@@ -70,10 +75,11 @@ class Model:
 def evaluate(
     model: Callable[[Batch], torch.Tensor], held_out: dict[str, ArraySource] = HELD_OUT, **more: Any
 ) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "seq_len": SEQ_LEN, "rows": 4, "documents": "separate", "documents_limit": None, "world": World()
-    }  # fmt: skip
-    return evaluate_model(model, held_out, **{**settings, **more})
+    settings: dict[str, Any] = {"rows": 4, "documents": "separate", "documents_limit": None, **more}
+    keys = ("world", "unigram", "shuffle_seed")
+    baselines = {key: settings.pop(key) for key in keys if key in settings}
+    texts = {name: HeldOut(source, SEQ_LEN, **settings) for name, source in held_out.items()}
+    return evaluate_model(model, texts, **{"world": World(), **baselines})
 
 
 def texts_of(held_out: ArraySource, limit: int | None = None) -> list[list[int]]:
@@ -92,7 +98,18 @@ def pairs(held_out: ArraySource, separate: bool = True, limit: int | None = None
     return [pair for text in texts for pair in pairwise(text)]
 
 
-BASELINES = Baselines(TRAIN, {"code": 3, "prose": 1}, VOCAB, seed=5)
+WEIGHTS = {"code": 3, "prose": 1}
+
+
+def order_of(train: Mapping[str, TokenSource], **more: Any) -> PackedDataset:
+    settings: dict[str, Any] = {
+        "seq_len": SEQ_LEN, "global_batch_size": 4, "seed": 5, "documents": "separate", "shuffle_span": 2
+    }  # fmt: skip
+    return PackedDataset(train, WEIGHTS, **{**settings, **more})
+
+
+BASELINES: dict[str, Any] = {"unigram": Unigram.of(order_of(TRAIN), 50, VOCAB), "shuffle_seed": 5}
+"""After more than a pass over either source."""
 
 
 @pytest.mark.parametrize("separate", [True, False])
@@ -119,7 +136,7 @@ def test_loss_and_bits_per_byte_are_those_of_the_documents(separate: bool, limit
 
 
 def test_the_unigram_baseline_is_mixed_add_one_frequencies_of_the_training_text() -> None:
-    result = evaluate(Model(bigram_table()), baselines=BASELINES)
+    result = evaluate(Model(bigram_table()), **BASELINES)
     counts = {name: Counter(t for text in texts_of(train) for t in text) for name, train in TRAIN.items()}
 
     def probability(token: int) -> float:
@@ -137,16 +154,16 @@ def test_the_unigram_baseline_is_mixed_add_one_frequencies_of_the_training_text(
 def test_a_model_that_is_the_unigram_scores_as_the_unigram_with_and_without_its_context() -> None:
     """No context used: nothing to lose by shuffling it, and nothing between model and baseline."""
     p = np.zeros(VOCAB)
-    for name, weight in BASELINES.weights.items():
+    for name, weight in WEIGHTS.items():
         found = Counter(t for text in texts_of(TRAIN[name]) for t in text)
         p += weight / 4 * np.array([found[t] + 1 for t in range(VOCAB)]) / (found.total() + VOCAB)
-    scores = evaluate(Model(torch.from_numpy(np.log(p)).expand(VOCAB, VOCAB)), baselines=BASELINES)["all"]
+    scores = evaluate(Model(torch.from_numpy(np.log(p)).expand(VOCAB, VOCAB)), **BASELINES)["all"]
     assert scores["bits_per_byte"] == pytest.approx(scores["unigram_bits_per_byte"], rel=1e-6)
     assert scores["shuffled_bits_per_byte"] == scores["bits_per_byte"]
 
 
 def test_a_model_that_uses_its_context_loses_by_shuffling_it() -> None:
-    scores = evaluate(Model(bigram_table()), baselines=BASELINES)["all"]
+    scores = evaluate(Model(bigram_table()), **BASELINES)["all"]
     assert scores["bits_per_byte"] < 0.7 * scores["unigram_bits_per_byte"]
     assert scores["shuffled_bits_per_byte"] > 1.3 * scores["bits_per_byte"]
 
@@ -179,8 +196,8 @@ def test_a_window_is_shuffled_alike_whatever_stands_beside_it() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 50])
 def test_the_number_of_rows_changes_nothing(rows: int) -> None:
-    expected = evaluate(Model(bigram_table()), baselines=BASELINES)
-    assert flat(evaluate(Model(bigram_table()), baselines=BASELINES, rows=rows)) == pytest.approx(
+    expected = evaluate(Model(bigram_table()), **BASELINES)
+    assert flat(evaluate(Model(bigram_table()), **BASELINES, rows=rows)) == pytest.approx(
         flat(expected), rel=1e-6
     )
 
@@ -195,10 +212,8 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
 
 def test_a_source_without_a_target_has_no_score_and_spoils_none() -> None:
     empty, single = ArraySource([]), ArraySource([[[3]]])
-    result = evaluate(
-        Model(bigram_table()), {"empty": empty, "single": single, **HELD_OUT}, baselines=BASELINES
-    )
-    alone = evaluate(Model(bigram_table()), baselines=BASELINES)
+    result = evaluate(Model(bigram_table()), {"empty": empty, "single": single, **HELD_OUT}, **BASELINES)
+    alone = evaluate(Model(bigram_table()), **BASELINES)
     for name, size in (("empty", 0), ("single", 1)):
         none = dict.fromkeys(("loss", "bits_per_byte", "unigram_bits_per_byte", "shuffled_bits_per_byte"))
         assert result["sources"][name] == {**none, "tokens": 0, "bytes": size}
@@ -212,8 +227,13 @@ def rank(number: int, ranks: int, port: int, directory: str) -> None:
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=number, world_size=ranks)
     model = Model(bigram_table())
-    result = evaluate(model, world=world, baselines=BASELINES)
-    torch.save({"result": result, "calls": model.calls}, Path(directory) / f"{number}.pt")
+    result = evaluate(model, world=world, **BASELINES)
+    seen = (
+        {"code": HELD_OUT["code"]} if number else HELD_OUT
+    )  # one rank looked later: prose holds nothing out
+    _, agreed = open_alike(cast(Prepared, SimpleNamespace(open=lambda: (TRAIN, seen))))
+    found = {"result": result, "calls": model.calls, "held_out": list(agreed)}
+    torch.save(found, Path(directory) / f"{number}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -224,7 +244,7 @@ def test_two_ranks_agree_with_one_and_make_the_same_number_of_calls(tmp_path: Pa
     torch.multiprocessing.spawn(rank, (2, port, str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{number}.pt") for number in range(2)]
     alone = Model(bigram_table())
-    expected = flat(evaluate(alone, baselines=BASELINES))
+    expected = flat(evaluate(alone, **BASELINES))
     assert flat(found[0]["result"]) == pytest.approx(expected, rel=1e-6)
     for other in found[1:]:
         scores = flat(other["result"])
@@ -234,3 +254,43 @@ def test_two_ranks_agree_with_one_and_make_the_same_number_of_calls(tmp_path: Pa
     assert any(count % 2 for count in batches), "no rank would run out of batches here"
     assert [one["calls"] for one in found] == [2 * sum(-(-count // 2) for count in batches)] * 2
     assert alone.calls == 2 * sum(batches)
+    assert [one["held_out"] for one in found] == [["code"], ["code"]], "or one would wait for the other"
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+def test_the_unigram_counts_what_the_run_has_come_to_and_waits_for_nothing_else(packing: str) -> None:
+    """Text that is tokenised beside the training and text that was there before give the same numbers."""
+    shards = {name: [[text] for text in documents(seed, 30)] for name, seed in (("code", 8), ("prose", 9))}
+    complete = {name: ArraySource(texts) for name, texts in shards.items()}
+    growing = {name: GrowingSource(source) for name, source in complete.items()}
+    expected, order = (order_of(sources, packing=packing) for sources in (complete, growing))
+    for step in (1, 2, 3):
+        order.rows(step, 0, 4)
+        asked = {name: set(source.asked) for name, source in growing.items()}
+        found, again = Unigram.of(order, step, VOCAB), Unigram.of(expected, step, VOCAB)
+        assert {name: set(source.asked) for name, source in growing.items()} == asked
+        assert found.tokens == again.tokens
+        np.testing.assert_array_equal(found.nats, again.nats)
+    read = expected.shards_read(3)
+    assert all(0 < len(read[name]) < 30 for name in read)
+    counted = {name: sum(len(shards[name][shard][0]) for shard in read[name]) for name in read}
+    assert again.tokens == counted
+    assert evaluate(Model(bigram_table()), unigram=again)["unigram_tokens"] == counted
+
+
+def test_held_out_documents_are_the_first_ones_however_far_the_text_is(run_config: Any) -> None:
+    complete = {"code": source(1), "none": ArraySource([[], []])}
+    growing = {name: GrowingSource(one) for name, one in complete.items()}
+    found, expected = (open_held_out(some, run_config, 5) for some in (growing, complete))
+    assert list(found) == list(expected) == ["code"], "a source without held-out documents has no score"
+    assert growing["code"].asked == [0], "no shard behind the limit"
+    assert growing["none"].asked == [0, 1]
+    assert evaluate_model(Model(bigram_table()), found, world=World()) == evaluate_model(
+        Model(bigram_table()), expected, world=World()
+    )
+
+
+@pytest.fixture
+def run_config() -> SimpleNamespace:
+    data = SimpleNamespace(documents="separate", trains_boundaries=False)
+    return SimpleNamespace(seq_len=SEQ_LEN, micro_batch_size=2, data=data)

@@ -134,6 +134,53 @@ def test_a_run_that_waits_for_text_stops_when_one_rank_is_told(ranks, live, tmp_
     assert not workers(tmp_path / "cache")
 
 
+@pytest.fixture
+def evaluated(live) -> list[str]:
+    """Evaluated after step 2 on everything that is held out: no sooner than all text is tokenised."""
+    sizes = ["seq_len=512", "micro_batch_size=4", "max_steps=2", "data.validation_fraction=0.004"]
+    return [*live, *sizes, "callbacks.evaluation.documents=null", "data.workers=1"]
+
+
+def evaluation(run: Path) -> tuple[dict, dict]:
+    """What the last line of metrics.jsonl says of it, and eval/heldout.json."""
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    scores = {key: value for key, value in line.items() if key.startswith("eval/")}
+    return scores, json.loads((run / "eval/heldout.json").read_text())
+
+
+def hold_at_the_evaluation(job, cache: Path) -> None:
+    """Stop the workers after the text of the first step; return once the run waits for held-out text."""
+    deadline = time.monotonic() + 120
+    while len({shard.parents[1] for shard in cache.glob("shards/*/train/shard-*")}) < 2:
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.002)
+    for worker in workers(cache):
+        os.kill(worker, signal.SIGSTOP)
+    assert len(list(cache.glob("shards/*/train/index.json"))) < 2, "too late to hold anything up"
+    while "held-out shard" not in job.output():
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.1)
+
+
+def test_an_evaluation_waits_for_held_out_text_can_be_stopped_and_misses_nothing(ranks, evaluated, tmp_path):
+    ahead = ["data.preparation=ahead", f"cache_dir={tmp_path}/cache-a", f"output_dir={tmp_path}/ahead"]
+    ranks.run([*evaluated, *ahead], 2, tmp_path)
+
+    live, cache = [*evaluated, f"cache_dir={tmp_path}/cache-b"], tmp_path / "cache-b"
+    job = ranks.start(live, 2, tmp_path)
+    hold_at_the_evaluation(job, cache)
+    os.kill(job.pids[1], signal.SIGTERM)
+    assert job.wait(60) == [85, 85], job.output()
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000001"]
+    assert not workers(cache)
+    assert len(list(cache.glob("shards/*/train/index.json"))) < 2, "nothing is left to wait for"
+
+    ranks.run(live, 2, tmp_path)
+    scores, stored = evaluation(tmp_path / "run")
+    assert "eval/unigram_bits_per_byte" in scores
+    assert (scores, stored) == evaluation(tmp_path / "ahead")
+
+
 @pytest.mark.timeout(240)
 def test_where_answers_beside_a_run_whose_text_is_still_made_and_after_kill_9(ranks, live, tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"

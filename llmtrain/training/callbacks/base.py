@@ -46,8 +46,6 @@ class Run(Protocol):
     @property
     def held_out(self) -> Mapping[str, ShardedSource]: ...
     @property
-    def train_sources(self) -> Mapping[str, ShardedSource]: ...
-    @property
     def dataset(self) -> PackedDataset: ...
     @property
     def step(self) -> int: ...
@@ -62,8 +60,16 @@ class Callback(Protocol):
         """Before the first step of this process."""
         ...
 
-    def is_due(self, run: Run) -> bool:
-        """Whether it has something to do after the step just done; every rank answers alike."""
+    def is_due(self, run: Run, step: int) -> bool:
+        """Whether it has something to do after a step; every rank answers alike."""
+        ...
+
+    def load(self, run: Run, step: int) -> None:
+        """Before a step where it is due: open the text that it reads after it.
+
+        This alone may wait for text that is on its way. Nothing here is collective: while there is such text
+        it is called in a thread, and the ranks go on together when all are done.
+        """
         ...
 
     def after_step(self, run: Run, line: dict[str, Any]) -> None:

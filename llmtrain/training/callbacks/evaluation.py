@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from llmtrain.config import Config
-from llmtrain.training.evaluation import Baselines, evaluate_model
+from llmtrain.training.evaluation import Unigram, evaluate_model, open_held_out
 
 if TYPE_CHECKING:
+    from llmtrain.data.heldout import HeldOut
     from llmtrain.training.callbacks.base import Run
 
 logger = logging.getLogger(__name__)
@@ -32,32 +33,35 @@ class EvaluationCallback:
 
     def __init__(self, config: EvaluationConfig) -> None:
         self._config = config
+        self._texts: dict[str, HeldOut] = {}
+        self._unigram: Unigram | None = None
 
     def on_start(self, run: Run) -> None:
-        if not run.held_out and run.world.is_main:
-            fraction = run.config.data.validation_fraction
-            logger.info(
-                f"data.validation_fraction={fraction} held out no document: nothing will be evaluated"
-                + ("; raise it for so little text" if fraction else "")
-            )
+        if not run.held_out:
+            self._tell_nothing(run)
 
-    def is_due(self, run: Run) -> bool:
+    def is_due(self, run: Run, step: int) -> bool:
         every = self._config.every
-        return bool(run.held_out) and (run.finished or (every > 0 and run.step % every == 0))
+        last = step >= run.config.max_steps
+        return bool(run.held_out) and (last or (every > 0 and step % every == 0))
+
+    def load(self, run: Run, step: int) -> None:
+        self._texts = open_held_out(run.held_out, run.config, self._config.documents)
+        if run.world.is_main and step >= run.config.max_steps:
+            self._unigram = Unigram.of(run.dataset, step, run.tokenizer.vocab_size)
 
     def after_step(self, run: Run, line: dict[str, Any]) -> None:
+        if not self._texts:  # of text that is tokenised beside the training it is known only now
+            self._tell_nothing(run)
+            return
         step = run.step
         began = time.perf_counter()
         results = evaluate_model(
             run.engine.loss,
-            run.held_out,
-            seq_len=run.config.seq_len,
-            rows=run.config.micro_batch_size,
-            documents=run.config.data.documents,
-            documents_limit=self._config.documents,
-            boundary_targets=run.config.data.trains_boundaries,
+            self._texts,
             world=run.world,
-            baselines=self._baselines(run, step) if run.finished else None,
+            unigram=self._unigram,
+            shuffle_seed=run.config.seed if run.finished else None,
         )
         line.update(as_metrics(results))
         if run.world.is_main:
@@ -66,10 +70,13 @@ class EvaluationCallback:
             bits = results["all"]["bits_per_byte"]
             run.directory.append_event("evaluation", step=step, bits_per_byte=bits, seconds=seconds)
 
-    def _baselines(self, run: Run, step: int) -> Baselines:
-        ledger = run.dataset.ledger(step)
-        weights = {name: ledger[name]["weight"] for name in run.train_sources if name in ledger}
-        return Baselines(run.train_sources, weights, run.tokenizer.vocab_size, run.config.seed)
+    def _tell_nothing(self, run: Run) -> None:
+        fraction = run.config.data.validation_fraction
+        if run.world.is_main:
+            logger.info(
+                f"data.validation_fraction={fraction} held out no document: nothing will be evaluated"
+                + ("; raise it for so little text" if fraction else "")
+            )
 
 
 def as_metrics(results: dict[str, Any]) -> dict[str, float | None]:

@@ -41,9 +41,13 @@ class SampleCallback:
         for prompt in self._config.prompts:
             prompt_ids(run.tokenizer, prompt, run.config.data.boundary)
 
-    def is_due(self, run: Run) -> bool:
+    def is_due(self, run: Run, step: int) -> bool:
         every = self._config.every
-        return bool(self._config.prompts) and (run.finished or (every > 0 and run.step % every == 0))
+        last = step >= run.config.max_steps
+        return bool(self._config.prompts) and (last or (every > 0 and step % every == 0))
+
+    def load(self, run: Run, step: int) -> None:
+        """It reads no text of the sources."""
 
     def after_step(self, run: Run, line: dict[str, Any]) -> None:
         step = run.step
