@@ -22,6 +22,7 @@ from llmtrain.data import readers
 from llmtrain.data.artefacts import artefact_key, locked, write_whole
 from llmtrain.data.config import DataConfig, SourceConfig
 from llmtrain.data.records import Part
+from llmtrain.data.shard_format import load_manifest
 from llmtrain.data.shards import INDEX, MAX_OPEN, Header, LocalShards, shard_path, write_index
 from llmtrain.data.tokenizing import (
     TRAIN,
@@ -358,3 +359,7 @@ class GrowingShards:
                     self.count, len(self._preparation.done()), self.count, spoke - began,
                 )  # fmt: skip
         return path
+
+    def manifest(self, shard: int) -> dict[str, Any]:
+        """The checked manifest of a shard; waits as `path` does."""
+        return load_manifest(self.path(shard), self.header)

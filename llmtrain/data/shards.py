@@ -32,6 +32,7 @@ from llmtrain.data.shard_format import (
     INDEX,
     MANIFEST,
     SUMS,
+    TABLES,
     TOKENS,
     Header,
     block_digest,
@@ -92,6 +93,9 @@ class Shards(Protocol):
     def path(self, shard: int) -> Path:
         """The local directory of a shard; waits until it is there: made, or fetched."""
 
+    def manifest(self, shard: int) -> dict[str, Any]:
+        """The checked manifest of a shard, which may be there before the shard is; waits."""
+
     def want(self, shards: Sequence[int]) -> None:
         """These are needed soon, in this order: a hint, and returns at once."""
 
@@ -112,6 +116,9 @@ class LocalShards:
 
     def path(self, shard: int) -> Path:
         return shard_path(self.directory, shard)
+
+    def manifest(self, shard: int) -> dict[str, Any]:
+        return load_manifest(self.path(shard), self.header)
 
     def want(self, shards: Sequence[int]) -> None:
         """They are here already."""
@@ -221,7 +228,16 @@ class ShardedSource:
         return self._lengths[shards]
 
     def want(self, shards: Sequence[int]) -> None:
-        """These shards are needed soon, in this order: a hint, and returns at once."""
+        """These shards are needed soon, in this order: a hint, and returns at once.
+
+        Of the others those that were removed are let go: while they are mapped they take their disk.
+        """
+        with self._lock:
+            for shard in self._open_shards.keys() - set(shards):
+                if not self._open_shards[shard].path.exists():
+                    del self._open_shards[shard]
+                    for name in TABLES:
+                        self._tables.pop((name, shard), None)
         self._shards.want(shards)
 
     def read(self, shard: int, start: int, stop: int) -> NDArray[Any]:
@@ -302,13 +318,13 @@ class ShardedSource:
 
     def _load_manifest(self, shard: int) -> dict[str, Any]:
         """The checked manifest of a shard; waits until it is there."""
-        path = self._shards.path(shard)
-        manifest = load_manifest(path, self.header)
+        manifest = self._shards.manifest(shard)
         content = self._learn()
         if content is not None:
             entry = np.array(entry_of(manifest), ENTRY)
             if entry.tobytes() != content.table[shard].tobytes():
-                raise damaged(path / MANIFEST, f"does not belong to {INDEX}")
+                file = shard_path(self._shards.directory, shard) / MANIFEST
+                raise damaged(file, f"does not belong to {INDEX}")
         with self._lock:
             self._lengths[shard] = manifest["tokens"]
         return manifest
@@ -316,7 +332,7 @@ class ShardedSource:
     # Maps
 
     def _map(self, shard: int) -> _OpenShard:
-        manifest, directory = self._manifest(shard), self._shards.path(shard)  # waits: hold no lock
+        directory, manifest = self._shards.path(shard), self._manifest(shard)  # waits: hold no lock
         path, digests = directory / TOKENS, manifest["block_digests"][TOKENS]
         expected = manifest["tokens"] * self._dtype.itemsize
         with open_file(path) as file:
@@ -359,7 +375,7 @@ class ShardedSource:
         return table
 
     def _load_documents_table(self, name: str, shard: int) -> NDArray[np.int64]:
-        manifest, path = self._manifest(shard), self._shards.path(shard) / f"{name}.npy"
+        path, manifest = self._shards.path(shard) / f"{name}.npy", self._manifest(shard)
         if digests_of_file(path) != manifest["block_digests"][path.name]:
             raise damaged(path, "has a wrong digest")
         table = load_npy(path, np.dtype("<i8"), manifest["documents"] + (name == "offsets"))

@@ -26,6 +26,8 @@ from llmtrain.data.readers import urls
 from llmtrain.data.readers.urls import retrying
 from llmtrain.data.remote import RemoteShards, open_remote
 from llmtrain.data.shards import Header, ShardedSource, ShardWriter, shard_path, write_index
+from llmtrain.tokenizer.raw_bytes import BytesTokenizer
+from tests.ranks import RECORD, Job, RankServer
 
 SHARDS = 6
 ROOM = 10**9
@@ -39,16 +41,26 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "SILENCE", 1.0)
 
 
-def _prepare(directory: Path, documents: int = 40, length: int = 500, seed: int = 0) -> Path:
+HEADER = Header("t" * 64, 1000, "eos")
+
+
+def _prepare(
+    directory: Path,
+    documents: int = 40,
+    length: int = 500,
+    seed: int = 0,
+    shards: int = SHARDS,
+    header: Header = HEADER,
+) -> Path:
     """Shards of about 45 kB; the last but one is empty."""
-    header, random = Header("t" * 64, 1000, "eos"), np.random.default_rng(seed)
-    for number in range(SHARDS):
+    random = np.random.default_rng(seed)
+    for number in range(shards):
         writer = ShardWriter(shard_path(directory, number), header)
         writer.begin(f"file-{number}.txt", "row")
-        for row in range(0 if number == SHARDS - 2 else documents):
-            writer.add(random.integers(0, 1000, length, np.int32), length, row)
+        for row in range(0 if number == shards - 2 else documents):
+            writer.add(random.integers(0, header.vocab_size, length, np.int32), length, row)
         writer.finish()
-    write_index(directory, header, SHARDS)
+    write_index(directory, header, shards)
     return directory
 
 
@@ -518,3 +530,90 @@ def test_a_damaged_index_in_the_cache_is_fetched_again(
     table = open_remote(server.url, tmp_path, ROOM, "web").directory / "index.npy"
     table.write_bytes(table.read_bytes()[:-1])
     _same(open_remote(server.url, tmp_path, ROOM, "web"), prepared)
+
+
+def test_a_manifest_comes_without_its_shard(server: Server, prepared: Path, tmp_path: Path) -> None:
+    shards = open_remote(server.url, tmp_path, ROOM, "web")
+    there, here = ShardedSource(shards), ShardedSource.open(prepared)
+    shards.path(3)
+    hits = Counter(server.hits)
+    assert [there.inputs(shard) for shard in range(SHARDS)] == [here.inputs(shard) for shard in range(SHARDS)]
+    assert server.hits - hits == {f"/shard-0000{n}/manifest.json": 1 for n in range(SHARDS) if n != 3}
+
+
+def test_shards_that_were_removed_keep_their_disk_only_while_they_are_wanted(
+    server: Server, prepared: Path, tmp_path: Path
+) -> None:
+    def removed() -> set[str]:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        gone = [line.split()[-2] for line in maps if str(tmp_path) in line and line.endswith("(deleted)")]
+        return {Path(name).parent.name[-1] for name in gone}
+
+    source = ShardedSource(open_remote(server.url, tmp_path, 10_000 + 2 * _files(prepared, 0), "web"))
+    for shard in (0, 1, 2, 3):
+        source.read(shard, 0, 10), source.offsets(shard)
+        time.sleep(remote_cache.GRACE + 0.1)
+    assert removed() == {"0", "1"}
+    source.want([1, 5])
+    assert removed() == {"1"}
+    source.want([5])
+    assert removed() == set()
+
+
+# Training
+
+
+def _age(cache: Path, over: threading.Event) -> None:
+    """Let a shard's time of grace be over after a second, in processes that take it for ten."""
+    while not over.wait(0.1):
+        for shard in cache.glob("remote/*/shard-*"):
+            with contextlib.suppress(FileNotFoundError):
+                used = shard.stat().st_mtime
+                if 1 < time.time() - used < 10:
+                    os.utime(shard, (used - 10, used - 10))
+
+
+def test_training_survives_a_server_that_stumbles(ranks: RankServer, tiny: list[str], tmp_path: Path) -> None:
+    """503, a cut, a flipped bit and a stall, with room for few shards: the batches of local shards."""
+    tokenizer, cache, over = BytesTokenizer(), tmp_path / "cache", threading.Event()
+    header = Header(tokenizer.fingerprint, tokenizer.vocab_size, "bos_eos")
+    prepared = _prepare(tmp_path / "prepared/train", documents=8, length=64, shards=16, header=header)
+    server = Server(tmp_path / "prepared")
+    faults = {0: "503", 1: "short", 2: "flip", 5: "stall"}
+
+    def fault(path: str, time: int) -> str | None:
+        asked = [other for other in server.hits if other.endswith("tokens.bin")]
+        return faults.get(asked.index(path)) if path in asked and time == 1 else None
+
+    server.fault = fault
+    limit = _files(prepared, 0) * 9 // 2 + sum(file.stat().st_size for file in prepared.glob("index.*")) + 500
+    common = [word for word in tiny if "data.sources." not in word or word.startswith("~")]
+    common += ["+data.sources.web.weight=1", "+data.sources.web.format=shards", "data.shuffle_span=16"]
+    common += [f"cache_dir={cache}", f"data.remote_cache_gb={limit / 1e9}"]
+
+    def start(name: str, where: Path | str) -> tuple[Job, Path]:
+        here = tmp_path / name
+        here.mkdir()
+        options = [f"+data.sources.web.path={where}", f"output_dir={here}/run"]
+        return ranks.start([*common, *options], 1, here, {RECORD: str(here)}), here / "rank0.npy"
+
+    threading.Thread(target=_age, args=[cache, over], daemon=True).start()
+    local, expected = start("local", prepared)
+    remotely, found = start("remote", f"{server.url}/train")
+    try:
+        _eventually(remotely.outputs[0].exists)
+        while "waiting for web: fetching" not in remotely.output():
+            assert ranks.poll(remotely.pids) == [None], remotely.output()
+            time.sleep(0.1)
+        server.go_on.set()
+        assert (local.wait(), remotely.wait()) == ([0], [0]), remotely.output()
+    finally:
+        local.kill(), remotely.kill()
+        over.set()
+        server.close()
+    assert found.read_bytes() == expected.read_bytes()
+    for said in ("503", "attempt 2 of 8", "has a wrong digest; fetching it again"):
+        assert said in remotely.output()
+    fetched = {path for path in server.hits if path.endswith("tokens.bin")}
+    assert len(list(cache.glob("remote/*/shard-*"))) < 8 < len(fetched)
+    assert _bytes(cache / "remote") <= limit

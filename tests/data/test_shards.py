@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from llmtrain.benchmarks.big_source import write_big_source
 from llmtrain.config import UserError
 from llmtrain.data import shards as shards_module
-from llmtrain.data.shard_format import BLOCK, ENTRY, load_sealed, write_sealed
+from llmtrain.data.shard_format import BLOCK, ENTRY, load_manifest, load_sealed, write_sealed
 from llmtrain.data.shards import (
     Header,
     LocalShards,
@@ -263,6 +263,9 @@ class Growing:
         while not (path := shard_path(self.directory, shard)).exists():
             time.sleep(0.005)
         return path
+
+    def manifest(self, shard: int) -> dict[str, Any]:
+        return load_manifest(self.path(shard), self.header)
 
     def want(self, shards: Sequence[int]) -> None:
         self.wanted += shards
