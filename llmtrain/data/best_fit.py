@@ -137,6 +137,13 @@ class ShardPacking:
         """How many windows there are."""
         return len(self._windows.edges) - 1
 
+    @property
+    def paddings(self) -> NDArray[np.int64]:
+        """The padding of each window: int64 [count]."""
+        spans, edges = self._windows
+        stops = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])
+        return np.maximum(self._seq_len - np.diff(stops[edges]), 0)
+
     def window(self, index: int) -> list[tuple[int, int]]:
         """The token spans (start, stop) of a window, at most L + 1 tokens, in the order of the shard."""
         assert 0 <= index < self.count, (index, self.count)

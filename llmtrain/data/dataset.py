@@ -7,25 +7,25 @@ n      (step of the order - 1) * G + row, the number of a window: rows and windo
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from llmtrain.config import UserError
 from llmtrain.data.batch import Batch
 from llmtrain.data.mixture import Mixture, Stage, Weight, continue_stages
 from llmtrain.data.packing import Documents, Row, pack
+from llmtrain.data.padding import Padding
 from llmtrain.data.stream import Stream
 from llmtrain.data.windows import BestFit, Cut, Cutting, TokenSource
 
-logger = logging.getLogger(__name__)
-
 Packing = Literal["cut", "best_fit"]
+Stretches = list[tuple[int, int]]
+"""Windows of a source by the order of their service: from the first of each pair to before the second."""
 
 STATE_VERSION = 2
 STEPS_AHEAD = 2
@@ -146,7 +146,13 @@ class PackedDataset:
                 return Cut(source, seq_len)
             return BestFit(source, seq_len, max_padding, keep=2 * shuffle_span)
 
-        self.streams = {name: Stream(cutting(sources[name]), name, seed, shuffle_span) for name in self.names}
+        cuttings = {name: cutting(sources[name]) for name in self.names}
+        self.streams = {name: Stream(cuttings[name], name, seed, shuffle_span) for name in self.names}
+        self._padding = {
+            name: Padding(self.streams[name], one)
+            for name, one in cuttings.items()
+            if isinstance(one, BestFit)
+        }
         self._order: dict[str, Any] = {
             "seed": seed,
             "seq_len": seq_len,
@@ -208,14 +214,17 @@ class PackedDataset:
 
     def state(self, steps_done: int) -> dict[str, Any]:
         """Where the order stands after so many steps and what it depends on: a few hundred bytes of JSON."""
-        done = self._order_done(steps_done)
+        done, content = self._order_done(steps_done), self._content()
+        for name, (trained, _) in self._served(steps_done).items():
+            if name in self._padding:  # once the source is removed, nobody can count it
+                content[name]["padding"] = self._padding_in(name, trained)
         return {
             "version": STATE_VERSION,
             "windows": done * self.global_batch_size,
             **self._order,
             "stages": self.mixture.stages,
             "skip": self.skip.before(done),
-            "sources": self._content(),
+            "sources": content,
         }
 
     def check_state(self, state: Mapping[str, Any]) -> int:
@@ -246,72 +255,104 @@ class PackedDataset:
         resumed.mixture = Mixture(continue_stages(state["stages"], self._stages, window))
         resumed.skip = Skip([*state["skip"], *self.skip.after(window // self.global_batch_size)])
         resumed._earlier = dict(state["sources"])
-        if resumed.mixture.stages[-1][0] == window > 0:
-            logger.info("mixture: new weights from window %d on: %s", *resumed.mixture.stages[-1])
         return resumed
 
-    def ledger(self, steps_done: int) -> dict[str, dict[str, Any]]:
-        """What each source has served after so many steps, by arithmetic; waits for nothing.
+    def epochs(self, steps: int) -> dict[str, float | None]:
+        """Passes over each source that so many steps make, those to come included; waits for nothing.
 
-        weight: the share the mixture steers to now; share: of all tokens trained, this source's part;
-        tokens: trained, counted in windows of L; skipped: tokens that `skip` left out; total_tokens: T;
-        epochs: passes that the trained tokens make; to_come: tokens that are not served yet of the pass that
-        is under way. The last three are None while the size of a pass is not known.
+        None while the size of a pass is not known.
         """
-        done = self._order_done(steps_done)
-        windows = done * self.global_batch_size
-        trained = max(steps_done * self.global_batch_size, 1)
-        weights = self.mixture.shares(max(windows - 1, 0))
-        content = self._content()
-        ledger: dict[str, dict[str, Any]] = {}
-        counts = zip(
-            self.mixture.names, self.mixture.counts(windows), self._skipped_windows(done), strict=True
-        )
-        for name, served, skipped in counts:
-            ledger[name] = {
+        places = {name: self._pass_places(name) for name in self.mixture.names}
+        windows = {name: _count(trained) for name, (trained, _) in self._served(steps).items()}
+        return {name: size and windows[name] * self._seq_len / size for name, size in places.items()}
+
+    def ledger(self, steps_done: int) -> dict[str, dict[str, Any]]:
+        """What each source has served in so many steps, all of them trained: by arithmetic, and exact.
+
+        weight: the share the mixture steers to now; share: of all windows trained, this source's part;
+        tokens, padding: inputs of these windows that hold a token, and that hold none; skipped: tokens of
+        windows that `skip` left out; total_tokens: T; pass_tokens: tokens of the windows of a pass (T where
+        the stream is cut); epochs: passes that the windows trained make; to_come: tokens that are not served
+        yet of the pass that is under way. The last four are None while the size of a pass is not known; where
+        documents are fitted in, all but T, and what was skipped, are not known of a source that was removed.
+        """
+        weights = self.mixture.shares(max(self._order_done(steps_done) * self.global_batch_size - 1, 0))
+        epochs = self.epochs(steps_done)
+        whole = max(steps_done * self.global_batch_size, 1)
+        return {
+            name: {
                 "weight": weights[name],
-                "share": (served - skipped) / trained,
-                "tokens": (served - skipped) * self._seq_len,
-                "skipped": skipped * self._seq_len,
-                "total_tokens": content[name]["tokens"],
-                "epochs": None,
-                "to_come": None,
+                "share": _count(trained) / whole,
+                "total_tokens": self._known(name)["tokens"],
+                "epochs": epochs[name],
+                **self._account(name, trained, skipped),
             }
-            size = self._pass_tokens(name, content[name]["tokens"])
-            if size:
-                passes = max(-(-served * self._seq_len // size), 1)
-                ledger[name]["epochs"] = ledger[name]["tokens"] / size
-                ledger[name]["to_come"] = passes * size - served * self._seq_len
-        return ledger
+            for name, (trained, skipped) in self._served(steps_done).items()
+        }
+
+    def _account(self, name: str, trained: Stretches, skipped: Stretches) -> dict[str, int | None]:
+        """What a source's ledger counts in tokens."""
+        padding = self._padding_in(name, trained)
+        if padding is None:
+            padding = int(self._earlier[name].get("padding", 0))
+        tokens = _count(trained) * self._seq_len - padding
+        empty, places = self._padding_in(name, skipped), self._pass_places(name)
+        left_out = None if empty is None else _count(skipped) * self._seq_len - empty
+        size = to_come = None
+        if places and left_out is not None:
+            size = places - (self._padding[name].of_pass if name in self._padding else 0)
+            served = (_count(trained) + _count(skipped)) * self._seq_len
+            to_come = max(-(-served // places), 1) * size - tokens - left_out
+        return {
+            "tokens": tokens,
+            "padding": padding,
+            "skipped": left_out,
+            "pass_tokens": size,
+            "to_come": to_come,
+        }
 
     def _order_done(self, steps_done: int) -> int:
         """The last step of the order that was trained."""
         return self.data_step(steps_done) if steps_done else 0
 
-    def _skipped_windows(self, data_step: int) -> list[int]:
-        """Windows of each source, by its number in the mixture, that were skipped before a step."""
-        total = [0] * len(self.mixture.names)
-        for first, last in self.skip.before(data_step):
-            edges = [step * self.global_batch_size for step in (first - 1, last)]
-            before, after = (self.mixture.counts(edge) for edge in edges)
-            total = [t + b - a for t, a, b in zip(total, before, after, strict=True)]
-        return total
+    def _served(self, steps_done: int) -> dict[str, tuple[Stretches, Stretches]]:
+        """The windows of each source that were trained, and those that were skipped on the way."""
+        done = self._order_done(steps_done)
+        edges = [0, *(step for first, last in self.skip.before(done) for step in (first - 1, last)), done]
+        counts = zip(*(self.mixture.counts(step * self.global_batch_size) for step in edges), strict=True)
+        stretches = (list(pairwise(ks)) for ks in counts)
+        return {
+            name: (some[::2], some[1::2]) for name, some in zip(self.mixture.names, stretches, strict=True)
+        }
 
-    def _pass_tokens(self, name: str, tokens: int | None) -> int | None:
-        """What a pass over a source serves, in tokens: T, or the places in its windows."""
+    def _padding_in(self, name: str, windows: Stretches) -> int | None:
+        """Their padding; None where nobody can count it, because the source was removed."""
+        if self._order["packing"] == "cut" or not _count(windows):
+            return 0
+        if name not in self._padding:
+            return None
+        before = self._padding[name].before
+        return sum(before(last) - before(first) for first, last in windows)
+
+    def _pass_places(self, name: str) -> int | None:
+        """Inputs of a pass over a source, those that hold no token included."""
         if self._order["packing"] == "cut":
+            tokens: int | None = self._known(name)["tokens"]
             return tokens
         windows = self.streams[name].units if name in self.streams else None
         return windows and windows * self._seq_len
 
     def _content(self) -> dict[str, dict[str, Any]]:
         """What is known of each source by now, those of earlier mixtures included."""
-        content = dict(self._earlier)
-        for name, stream in self.streams.items():
-            ours = _content_of(stream.source)
-            # Text that is being prepared once more may have been complete before.
-            content[name] = ours if ours["manifest_hash"] else {**ours, **content.get(name, {})}
-        return content
+        return {name: self._known(name) for name in self._earlier | self.streams}
+
+    def _known(self, name: str) -> dict[str, Any]:
+        earlier = self._earlier.get(name, {})
+        if name not in self.streams:
+            return earlier
+        ours = _content_of(self.streams[name].source)
+        # Text that is being prepared once more may have been complete before.
+        return ours if ours["manifest_hash"] else {**ours, **earlier}
 
     def stream(self, source: int) -> Stream:
         """The stream of a source of the mixture, by its number there."""
@@ -336,6 +377,10 @@ def _stages_of(
         if source.tokens == 0:
             raise UserError(f"data.sources.{name}: there is no token in it; remove it, or give it text")
     return [(first, {**dict.fromkeys(sources, 0), **shares}) for first, shares in stages]
+
+
+def _count(windows: Stretches) -> int:
+    return sum(last - first for first, last in windows)
 
 
 def is_same_text(source: TokenSource, saved: Mapping[str, Any]) -> bool:

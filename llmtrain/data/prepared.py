@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +27,18 @@ class PreparedSource:
     preparation: Preparation | None = field(default=None, compare=False)
     """What makes them, where they are made from text."""
 
+    @cached_property
+    def came(self) -> dict[str, Any] | None:
+        """`Prepared.conservation` of complete shards, which are looked at once."""
+        if isinstance(self.train, str):
+            return None
+        train, held_out = LocalShards(self.train).index, 0
+        if isinstance(self.validation, Path):
+            held_out = LocalShards(self.validation).index["documents"]
+        if "input" not in train:
+            return None
+        return {**train["input"], "train": train["documents"], "held_out": held_out, "complete": True}
+
     def is_there(self) -> bool:
         """Whether all its shards are."""
         return all(place is None or is_prepared(place) for place in (self.train, self.validation))
@@ -45,9 +58,9 @@ class Prepared:
 
     tokenizer: Tokenizer
     sources: dict[str, PreparedSource]
-    cache_dir: Path | None = None
+    cache_dir: Path | None
     """Where shards behind URLs are kept for a while."""
-    remote_bytes: int = 64 * 10**9
+    remote_bytes: int
     """How much of them."""
     crew: Crew | None = None
     """The processes that make shards in the background, where they are this process's."""
@@ -143,15 +156,7 @@ class Prepared:
                 for key, split in (("train", TRAIN), ("held_out", VALIDATION))
             }
             return {**source.preparation.came(), **splits, "complete": False}
-        if isinstance(source.train, str):
-            return None
-        train = LocalShards(source.train).index
-        held_out = 0
-        if isinstance(source.validation, Path):
-            held_out = LocalShards(source.validation).index["documents"]
-        if "input" not in train:
-            return None
-        return {**train["input"], "train": train["documents"], "held_out": held_out, "complete": True}
+        return source.came
 
     def quarantine(self, name: str) -> list[Path]:
         """The files with the bad records of a source, one a part that has some."""
@@ -165,8 +170,8 @@ class Prepared:
         cls,
         tokenizer: Tokenizer,
         paths: Mapping[str, Mapping[str, str | None]],
-        cache_dir: Path | None = None,
-        remote_bytes: int = 64 * 10**9,
+        cache_dir: Path | None,
+        remote_bytes: int,
     ) -> Prepared:
         """The inverse of `as_dict`; whether the shards are still there is not looked at."""
         sources = {}

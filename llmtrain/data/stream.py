@@ -34,6 +34,19 @@ class Place(NamedTuple):
     window: int
 
 
+class Span(NamedTuple):
+    """A span of windows that are a unit each, in the order of the stream and in that of their service."""
+
+    first: int
+    """Windows that are served before it."""
+    shards: np.ndarray
+    """The shards of its pass that end before it."""
+    units: list[Piece]
+    """The units from their end to its own."""
+    order: np.ndarray
+    """Which of these units its windows are, as they are served: int64 [windows]."""
+
+
 class Layout:
     """Shards laid end to end in an order, as far as their sizes are known: the first `known` of them."""
 
@@ -149,6 +162,18 @@ class Stream:
             layout = self._laid_out(epoch, stop)
             pieces += layout.pieces(epoch, 0, min(stop, layout.end))
         return self._cutting.pieces(pieces)
+
+    def span(self, epoch: int, span: int) -> Span:
+        """Everything about one span of a pass, where documents are fitted in; waits for its shards."""
+        assert self.stride == self._reach == 1
+        first = self.first_window(epoch) + span * self._shuffle_span
+        order = self._permutation(epoch, span).table()
+        start = first - epoch * (self._units or 0)
+        stop = start + len(order)
+        layout = self._laid_out(epoch, stop)
+        place = layout.place(start)
+        begin = layout.begin(place)
+        return Span(first, layout.order[:place], layout.pieces(epoch, begin, stop), start - begin + order)
 
     def first_shards(self, windows: int) -> list[int]:
         """The shards of so many windows from the beginning, those of the first pass in its order; waits."""

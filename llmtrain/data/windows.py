@@ -128,9 +128,9 @@ class Cut:
 class BestFit:
     """The windows of `best_fit.ShardPacking`, shard after shard; a pass has the same ones each time.
 
-    Every token but a document's first is a label once a pass. A shard's windows are counted when the layout
-    first comes to it, in whatever run that is; they are kept as long as `keep` later windows have not taken
-    their place.
+    Every token but a document's first is a label once a pass. A shard's windows and their padding are counted
+    when the layout first comes to it, in whatever run that is; they are kept as long as `keep` later windows
+    have not taken their place.
     """
 
     stride = reach = 1
@@ -139,6 +139,7 @@ class BestFit:
         self.source, self.seq_len = source, seq_len
         self._max_padding, self._keep = max_padding, keep
         self._counts = source.remembered(f"windows-{seq_len}-{max_padding}")
+        self._paddings = source.remembered(f"padding-{seq_len}-{max_padding}")
         self._packings: OrderedDict[int, ShardPacking] = OrderedDict()
         self._kept = 0
         self._lock = Lock()
@@ -153,14 +154,24 @@ class BestFit:
 
     def sizes(self, shards: np.ndarray) -> np.ndarray:
         for shard in shards[~self._may_be_right(shards)].tolist():
-            self._counts[shard] = -1
+            self._counts[shard] = self._paddings[shard] = -1
             self._packing(shard)
         return np.array(self._counts[shards])
 
+    def padding(self, shards: np.ndarray) -> int:
+        """Padding of all windows of these shards."""
+        self.sizes(shards)
+        return int(self._paddings[shards].sum())
+
+    def paddings(self, shard: int) -> np.ndarray:
+        """Padding of each window of a shard: int64 [windows]."""
+        return self._packing(shard).paddings
+
     def _may_be_right(self, shards: np.ndarray) -> np.ndarray:
-        """Whether the counts that were remembered have room for the shards' tokens, bool [shards]."""
-        tokens, room = self.source.lengths(shards), self._counts[shards] * (self.seq_len + 1)
-        return (self._counts[shards] >= 0) & (room >= tokens) & ((self._counts[shards] == 0) == (tokens == 0))
+        """Whether what was remembered has room for the shards' tokens, and is known: bool [shards]."""
+        counts, paddings, tokens = self._counts[shards], self._paddings[shards], self.source.lengths(shards)
+        known = (counts >= 0) & (paddings >= 0)
+        return known & (counts * (self.seq_len + 1) - paddings >= tokens) & ((counts == 0) == (tokens == 0))
 
     def _are_plausible(self) -> bool:
         return self.source.complete and bool(self._may_be_right(np.arange(self.source.shards)).all())
@@ -194,17 +205,23 @@ class BestFit:
             if shard in self._packings:
                 self._packings.move_to_end(shard)
                 return self._packings[shard]
-        packing = ShardPacking(self.source.offsets(shard), self.seq_len, self._max_padding)
+        offsets = self.source.offsets(shard)  # waits: hold no lock
         with self._lock:
-            if self._counts[shard] not in (-1, packing.count):
-                raise UserError(
-                    f"shard {shard} was counted as {self._counts[shard]} windows of {self.seq_len} and has "
-                    f"{packing.count}: remove the files windows-{self.seq_len}-* beside it"
-                )
-            self._counts[shard] = packing.count
             if shard not in self._packings:
+                packing = ShardPacking(offsets, self.seq_len, self._max_padding)
+                self._remember(shard, "windows", self._counts, packing.count)
+                self._remember(shard, "padding", self._paddings, int(packing.paddings.sum()))
                 self._packings[shard] = packing
                 self._kept += packing.count
+            packing = self._packings[shard]
             while self._kept - next(iter(self._packings.values())).count > self._keep:
                 self._kept -= self._packings.popitem(last=False)[1].count
             return packing
+
+    def _remember(self, shard: int, what: str, numbers: np.ndarray, found: int) -> None:
+        if numbers[shard] not in (-1, found):
+            raise UserError(
+                f"shard {shard}: {what} at seq_len={self.seq_len} counted as {numbers[shard]} before, as "
+                f"{found} now; remove the files {what}-{self.seq_len}-* beside it"
+            )
+        numbers[shard] = found

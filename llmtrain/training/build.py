@@ -151,7 +151,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
         f"{parameters:,} parameters, {world.world_size} rank(s) on {device}, {precision}, ZeRO stage {stage}"
     )
     prepared.schedule(*dataset.needs(step))
-    _tell_mixture(dataset, config.max_steps)
+    _tell_mixture(dataset, step, config.max_steps)
     return Run(
         config=config,
         world=world,
@@ -181,15 +181,18 @@ def open_alike(prepared: Prepared) -> tuple[dict[str, ShardedSource], dict[str, 
     }
 
 
-def _tell_mixture(dataset: PackedDataset, steps: int) -> None:
-    for name, row in dataset.ledger(steps).items():
-        logger.info(f"{name}: {row['weight']:.1%} of the stream, {_passes(row)} in {steps} steps")
-
-
-def _passes(row: Mapping[str, Any]) -> str:
-    if row["epochs"] is None:
-        return f"{row['tokens']:,} tokens of it (being counted)"
-    return f"{row['epochs']:.2f} epochs of {row['total_tokens']:,} tokens"
+def _tell_mixture(dataset: PackedDataset, step: int, max_steps: int) -> None:
+    """Log the share of each source from the next step on, and the passes over it then and at the end."""
+    by_now, at_the_end = dataset.epochs(step), dataset.epochs(max_steps)
+    for name, share in dataset.needs(step)[1].items():
+        now, end = by_now[name], at_the_end[name]
+        if now is None or end is None:
+            passes = "its tokens are being counted"
+        else:
+            so_far = f"{now:.2f} epochs by then, " if step else ""
+            passes = f"{so_far}{end:.2f} epochs of {dataset.streams[name].source.tokens:,} tokens"
+            passes += f" by step {max_steps}"
+        logger.info(f"{name}: {share:.1%} of the stream from step {step + 1} on; {passes}")
 
 
 def describe_run(

@@ -29,6 +29,8 @@ def step_metrics(run: Run, result: StepResult, lr: float, seconds: float) -> dic
         line[f"train/loss/{name}"] = mean
     for name, row in run.dataset.ledger(run.step).items():  # sources of earlier mixtures included
         line[f"data/tokens/{name}"] = row["tokens"]
+        if run.config.data.packing == "best_fit":
+            line[f"data/padding/{name}"] = row["padding"]
         line[f"data/share/{name}"] = row["share"]
         line[f"data/epochs/{name}"] = row["epochs"]
     line["perf/tokens_per_second"] = tokens / seconds
@@ -59,9 +61,12 @@ def write_ledger(run: Run) -> None:
     config, losses = run.config, run.losses.take(run.dataset.names)
     sources: dict[str, dict[str, Any]] = {}
     for name, row in run.dataset.ledger(run.step).items():
-        sources[name] = {**row, "loss": losses.get(name)}
         if name in run.train_sources:
-            sources[name]["input"] = run.prepared.conservation(name)
+            row["input"] = run.prepared.conservation(name)
+        else:
+            before = run.directory.read_json("data.json") or {}
+            row = _last_known(row, before.get("sources", {}).get(name, {}))
+        sources[name] = {**row, "loss": losses.get(name)}
     run.directory.write_json(
         "data.json",
         {
@@ -71,3 +76,10 @@ def write_ledger(run: Run) -> None:
             "sources": sources,
         },
     )
+
+
+def _last_known(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The row of a source that was removed, completed from the last ledger that had the source."""
+    if any(row[key] != before.get(key) for key in ("tokens", "padding")):
+        return row  # the run was killed before it wrote that ledger
+    return {**row, **{key: before.get(key) for key in (*row, "input") if row.get(key) is None}}

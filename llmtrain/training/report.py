@@ -173,7 +173,7 @@ class _Report:
         stages = stage_steps(order, (self.config.get("data") or {}).get("skip") or ())
         quarantine = self.directory.path / QUARANTINE
         kept = {name for name in self.sources if any((quarantine / name).glob("shard-*.jsonl"))}
-        return mixture_section(self.data, stages, order.get("packing", "cut"), kept, self._dot, self._draw)
+        return mixture_section(self.data, stages, kept, self._dot, self._draw)
 
     def _held_out(self) -> str:
         sources = self.heldout.get("sources") or {}

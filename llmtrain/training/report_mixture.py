@@ -26,7 +26,6 @@ Stage = tuple[int, Mapping[str, float]]
 def mixture_section(
     data: Mapping[str, Any],
     stages: Sequence[Stage],
-    packing: str,
     kept: Collection[str],
     dot: Callable[[str], str],
     draw: Callable[[Chart], str],
@@ -51,7 +50,8 @@ def mixture_section(
     head = ["source", "asked now" if len(begun) > 1 else "asked", *HEAD]
     shares = table(head, [_shares(dot(name), asked[name], entry) for name, entry in sources.items()])
     sums = [
-        f"<div class=sums><div>{dot(name)}</div>{_documents(entry)}{_tokens(entry, packing)}</div>"
+        f"<div class=sums><div>{dot(name)}</div>{_documents(entry)}{_tokens(entry, _left(name, begun))}"
+        f"{_inputs(entry, data)}</div>"
         for name, entry in sources.items()
     ]
     cards = [
@@ -96,24 +96,33 @@ def _documents(entry: Entry) -> str:
     return _sum((came.get("documents"), f"documents in{so_far}"), terms)
 
 
-def _tokens(entry: Entry, packing: str) -> str:
+def _left(name: str, begun: Sequence[Stage]) -> int | None:
+    """The step from which on a source is in the mixture no more; None where it is, or never was."""
+    last = max((number for number, (_, weights) in enumerate(begun) if name in weights), default=len(begun))
+    return next((first for first, _ in begun[last + 1 :]), None)
+
+
+def _tokens(entry: Entry, left: int | None) -> str:
     """Tokens of the passes that have begun = trained + skipped + still to come."""
     trained, skipped, to_come = entry["tokens"], entry.get("skipped"), entry.get("to_come")
-    size, passes = _pass_size(entry, packing), 1
+    size, passes = entry.get("pass_tokens"), 1
     if size:
         passes = max(-(-(trained + (skipped or 0)) // size), 1)
-    what = "tokens" if packing == "cut" else "places in the windows"
     of = "the pass under way" if passes == 1 else f"{passes:,} passes, the last under way"
-    terms = [(trained, "trained"), (skipped, "skipped"), (to_come, "still to come")]
-    return _sum((size and passes * size, f"{what} of {of}"), terms)
+    rest = "still to come" if left is None else f"unread: out of the mixture since step {left:,}"
+    terms = [(trained, "trained"), (skipped, "skipped"), (to_come, rest)]
+    return _sum((size and passes * size, f"tokens of {of}"), terms)
 
 
-def _pass_size(entry: Entry, packing: str) -> int | None:
-    """Tokens that a pass serves: all of the source; best-fit windows also have padding and overlap."""
-    if packing == "cut":
-        return entry.get("total_tokens")
-    epochs = entry.get("epochs")
-    return round(entry["tokens"] / epochs) if epochs else None
+def _inputs(entry: Entry, data: Mapping[str, Any]) -> str:
+    """Inputs of the windows trained = tokens + padding; empty where there is no padding."""
+    padding = entry.get("padding")
+    if not padding:
+        return ""
+    windows = round(entry["share"] * data["step"] * data["global_batch_size"])
+    return _sum(
+        (windows * data["seq_len"], "inputs trained"), [(entry["tokens"], "tokens"), (padding, "padding")]
+    )
 
 
 def _sum(whole: Term, terms: Sequence[Term]) -> str:

@@ -349,10 +349,10 @@ def test_a_run_directory_finds_what_grew(file: Path, tmp_path: Path) -> None:
     """What is written down when training starts holds when the shards are complete."""
     prepared = prepare(one(file, validation_fraction=1e-9), BYTES, tmp_path / "cache", background=True)
     written = json.loads(json.dumps(prepared.as_dict()))
-    assert not Prepared.from_dict(prepared.tokenizer, written).sources["one"].is_there()
+    assert not Prepared.from_dict(prepared.tokenizer, written, None, 0).sources["one"].is_there()
     assert set(prepared.open()[1]) == {"one"}  # nobody knows yet that nothing is held out
     wait_for(prepared)
-    later = Prepared.from_dict(prepared.tokenizer, written)
+    later = Prepared.from_dict(prepared.tokenizer, written, None, 0)
     assert later.sources["one"].is_there()
     train, held_out = later.open()
     assert set(train) == {"one"} and not held_out

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -155,8 +155,10 @@ def test_the_ledger_is_what_walking_finds() -> None:
             "weight": WEIGHTS[name],
             "share": served[source] / (steps * G),
             "tokens": tokens,
+            "padding": 0,
             "skipped": 0,
             "total_tokens": sources()[name].tokens,
+            "pass_tokens": sources()[name].tokens,
             "epochs": tokens / sources()[name].tokens,
             "to_come": -tokens % sources()[name].tokens,
         }
@@ -449,15 +451,97 @@ def test_best_fit_serves_whole_windows_a_pass() -> None:
     for source, name in enumerate(data.names):
         windows = data.streams[name].units or 0
         served = sum(int((batch.source_ids == source).sum()) for batch in rows)
-        assert ledger[name]["tokens"] == served * L
+        assert ledger[name]["tokens"] + ledger[name]["padding"] == served * L
         assert ledger[name]["epochs"] == served / windows
-        assert ledger[name]["to_come"] == -served % windows * L
         assert ledger[name]["total_tokens"] == sources()[name].tokens
     with pytest.raises(UserError, match="packing was best_fit in the checkpoint and is cut now"):
         dataset().check_state(data.state(3))
     with pytest.raises(UserError, match=r"max_padding was 0\.1 in the checkpoint and is 0\.2 now"):
         dataset(packing="best_fit", max_padding=0.2).check_state(data.state(3))
     assert dataset(max_padding=0.2).check_state(dataset(max_padding=0.1).state(3)) == 3 * G
+
+
+def visible() -> dict[str, ArraySource]:
+    """Three sources without the token 0, which is what padding looks like."""
+    return {
+        "web": numbered([[40, 3, 90], [], [200, 7]], first=1),
+        "code": numbered([[17, 100]], first=1000),
+        "books": numbered([[1], [300], [16, 17]], first=2000),
+    }
+
+
+@pytest.mark.parametrize("span", [5, 64])
+def test_the_ledger_of_best_fit_counts_tokens_and_padding_apart(span: int) -> None:
+    """Against every row that was read, over many passes and with stretches skipped."""
+    data = dataset(visible(), packing="best_fit", max_padding=0.2, skip=[(2, 3), (7, 7)], shuffle_span=span)
+    plain = dataset(visible(), packing="best_fit", max_padding=0.2, shuffle_span=span)
+    rows = {step: plain.rows(step, 0, G) for step in range(1, 61)}
+    found = {name: Counter[str]() for name in data.names}
+    padded = 0
+    for step in range(1, 58):
+        for taken in range(data.data_step(step - 1) + 1 if step > 1 else 1, data.data_step(step) + 1):
+            what = "tokens" if taken == data.data_step(step) else "skipped"
+            for row, source in zip(rows[taken].input_ids, rows[taken].source_ids.tolist(), strict=True):
+                tokens = int((row != 0).sum())
+                found[data.names[source]].update({what: tokens, f"{what} padding": L - tokens})
+        ledger = data.ledger(step)
+        assert sum(row["tokens"] + row["padding"] for row in ledger.values()) == step * G * L
+        for name, row in ledger.items():
+            said = (row["tokens"], row["padding"], row["skipped"])
+            assert said == tuple(found[name][what] for what in ("tokens", "tokens padding", "skipped"))
+            if row["pass_tokens"]:
+                assert (row["tokens"] + row["skipped"] + row["to_come"]) % row["pass_tokens"] == 0
+                assert 0 <= row["to_come"] < 2 * row["pass_tokens"]
+        padded = sum(row["padding"] for row in ledger.values())
+    assert padded > 20
+    for name, row in ledger.items():  # and what a pass holds, against a pass
+        stream = plain.streams[name]
+        windows = [stream.pieces(window) for window in range(stream.units or 0)]
+        sizes = [min(sum(piece.stop - piece.start for piece in pieces), L) for pieces in windows]
+        assert row["pass_tokens"] == sum(sizes)
+
+
+def test_a_far_ledger_reads_no_more_than_the_span_it_stands_in() -> None:
+    """At step 10^9, where another process has counted the windows of every shard."""
+    known = numbered([[30 + i % 7] * 40 for i in range(40)], first=1)
+    made = dataset({"only": known}, {"only": 1}, packing="best_fit")
+    for step in range(1, 500):
+        made.rows(step, 0, G)
+
+    class Counting(ArraySource):
+        asked: ClassVar[set[int]] = set()
+
+        def offsets(self, shard: int) -> np.ndarray:
+            self.asked.add(shard)
+            return super().offsets(shard)
+
+    far = Counting([[[1] * (30 + i % 7)] * 40 for i in range(40)])
+    far.memory = known.memory
+    data = dataset({"only": far}, {"only": 1}, packing="best_fit")
+    row = data.ledger(10**9)["only"]
+    assert row["tokens"] + row["padding"] == 10**9 * G * L
+    assert len(Counting.asked) <= 3
+    whole = (10**9 * G) // (made.streams["only"].units or 1)
+    per_pass = made.ledger(1)["only"]["pass_tokens"]
+    assert whole * per_pass <= row["tokens"] <= (whole + 1) * per_pass
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+def test_a_removed_source_keeps_its_numbers(packing: str) -> None:
+    both = dataset(visible(), packing=packing, max_padding=0.2)
+    without = {name: source for name, source in visible().items() if name != "books"}
+    state = json.loads(json.dumps(both.state(11)))
+    left = dataset(without, {"web": 1, "code": 1}, packing=packing, max_padding=0.2).resumed(state)
+    then, now = both.ledger(11)["books"], left.ledger(30)["books"]
+    assert then["tokens"] > 0 and (then["padding"] > 0) == (packing == "best_fit")
+    for key in ("tokens", "padding", "total_tokens"):
+        assert now[key] == then[key], key
+    again = dataset(without, {"web": 1, "code": 1}, packing=packing, max_padding=0.2)
+    assert again.resumed(json.loads(json.dumps(left.state(30)))).ledger(30)["books"] == now
+    total = sum(row["tokens"] + row["padding"] for row in left.ledger(30).values())
+    assert total == 30 * G * L
+    back = dataset(visible(), packing=packing, max_padding=0.2).resumed(left.state(30))
+    assert back.ledger(30)["books"]["tokens"] == then["tokens"]
 
 
 @pytest.mark.parametrize("packing", ["cut", "best_fit"])

@@ -257,6 +257,22 @@ def test_offline_wandb_has_the_same_lines_and_a_resumed_run_the_same_id(tmp_path
     ]
 
 
+def test_offline_wandb_has_the_ledger_of_a_run_by_its_steps(ranks, tiny, tmp_path):
+    run = tmp_path / "run"
+    ranks.run([*tiny, "logger.wandb.mode=offline", "max_steps=4", "data.packing=best_fit"], 1, tmp_path)
+    (file,) = offline_files(run)
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    assert history(file) == lines
+    logged = [one.history for one in read_records(file) if one.WhichOneof("record_type") == "history"]
+    assert [one.step.num for one in logged] == [line["step"] for line in lines] == [1, 2, 3, 4]
+    for key in ("data/tokens", "data/padding", "data/share", "data/epochs", "train/loss"):
+        for name in ("code", "prose"):
+            assert f"{key}/{name}" in history(file)[-1]
+    last = lines[-1]
+    counted = sum(last[f"data/{key}/{name}"] for key in ("tokens", "padding") for name in ("code", "prose"))
+    assert counted == last["train/tokens"]
+
+
 OUTAGE = """
 import json, logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")

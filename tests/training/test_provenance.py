@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -75,8 +76,9 @@ def assert_same(data, tokens: np.ndarray, first_step: int) -> None:
         for row, mine in enumerate(rows):
             named = named_by_where(data, first_step + number, row)
             known = mine != IGNORED
-            known[:L] &= named[:L] != IGNORED  # padding of a best-fit row belongs to no document
-            assert known.sum() > L // 2
+            padding = named[:L] == IGNORED  # of a best-fit row: it belongs to no document
+            assert not mine[:L][padding].any() and not padding.all()
+            known[:L] &= ~padding
             np.testing.assert_array_equal(named[known], mine[known])
 
 
@@ -176,10 +178,43 @@ def test_the_command_answers_with_losses_as_json(ranks, tiny, tmp_path):
     assert readable.startswith(f"step 2 row 3: {answer['source']}, pass 0")
 
 
-def test_stop_change_weights_add_a_source_kill_resume_and_nothing_is_repeated_or_lost(
-    ranks, tiny, tmp_path, corpus
+def trained_tokens(data, steps: int) -> dict[str, list[np.ndarray]]:
+    """How often each token of each source was at home in a window, by shard, from what `where` names.
+
+    A token is at home where it is a label, or where its document begins: in one window a pass.
+    """
+    cut = data.config.data.packing == "cut"
+    times = {
+        name: [np.zeros(length, int) for length in source.lengths(np.arange(source.shards))]
+        for name, source in data.sources.items()
+    }
+    for step in range(1, steps + 1):
+        for row in rows_at(data, step):
+            source = data.sources[row["source"]]
+            for document in row["documents"]:
+                begin = int(source.offsets(document["shard"])[document["document"]])
+                first, last = begin + document["first_token"], begin + document["last_token"]
+                if cut:  # the first token of a row is the last label of the row before it, in the text
+                    first += document["place"] == 0 and row["window"] > 0
+                else:
+                    first += document["first_token"] > 0
+                times[row["source"]][document["shard"]][first : last + 1] += 1
+    return times
+
+
+def inputs_trained(rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """Inputs of these rows that hold a token, and that hold none."""
+    tokens = sum(
+        min(sum(one["last_token"] - one["first_token"] + 1 for one in row["documents"]), L) for row in rows
+    )
+    return tokens, len(rows) * L - tokens
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+def test_stop_change_weights_add_and_remove_sources_kill_resume_and_nothing_is_repeated_or_lost(
+    ranks, tiny, tmp_path, corpus, packing
 ):
-    """Every window of a source is trained in its order, without a gap, over three lives of the run."""
+    """Every token of a source comes once a pass, in four lives of a run of which one is killed."""
     lives: list[np.ndarray] = []
     more = [
         f"+data.sources.extra.path={corpus}/prose.jsonl",
@@ -187,11 +222,13 @@ def test_stop_change_weights_add_a_source_kill_resume_and_nothing_is_repeated_or
         "+data.sources.extra.weight=0.5",
         "data.sources.code.weight=0.2",
     ]
+    run = tmp_path / "run"
 
     def live(name: str, *options: str) -> tuple[Path, list[str], dict[str, str]]:
         directory = tmp_path / name
         directory.mkdir()
-        return directory, [*tiny, "checkpoint.every=3", *options], {RECORD: str(directory)}
+        always = ["checkpoint.every=3", f"data.packing={packing}", "data.shuffle_span=7"]
+        return directory, [*tiny, *always, *options], {RECORD: str(directory)}
 
     directory, options, env = live("first", "max_steps=6")
     ranks.run(options, 2, tmp_path, env)
@@ -200,36 +237,54 @@ def test_stop_change_weights_add_a_source_kill_resume_and_nothing_is_repeated_or
     directory, options, env = live("second", "max_steps=400", *more)
     job = ranks.start(options, 2, tmp_path, env)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run/checkpoints/step_00000012").exists():
+    while not (run / "checkpoints/step_00000012").exists():
         assert time.monotonic() < deadline, job.output()
         time.sleep(0.01)
     job.kill(signal.SIGKILL)
     job.wait()
-    saved = max(
-        int(path.name.removeprefix("step_")) for path in (tmp_path / "run/checkpoints").glob("step_*")
-    )
+    saved = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
     lives.append(recorded(directory, 2)[: saved - 6])
 
     directory, options, env = live("third", f"max_steps={saved + 4}", *more)
-    ranks.run(options, 2, tmp_path, env)
+    job = ranks.run(options, 2, tmp_path, env)
     lives.append(recorded(directory, 2))
+    assert f"code: 20.0% of the stream from step {saved + 1} on;" in job.output()
+    three = json.loads((run / "data.json").read_text())["sources"]
+
+    steps = saved + 10
+    directory, options, env = live("fourth", f"max_steps={steps}", *more, "~data.sources.prose")
+    job = ranks.run(options, 2, tmp_path, env)
+    lives.append(recorded(directory, 2))
+    assert "prose:" not in job.output()
 
     tokens = np.concatenate(lives)
-    assert len(tokens) == saved + 4
-    data = open_data(tmp_path / "run")
+    assert len(tokens) == steps
+    data = open_data(run)
     assert_same(data, tokens, 1)
-    windows: dict[str, list[tuple[int, int]]] = {}
-    for step in range(1, saved + 5):
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for step in range(1, steps + 1):
         for answer in rows_at(data, step):
-            windows.setdefault(answer["source"], []).append((answer["served_before"], answer["window"]))
-    ledger = json.loads((tmp_path / "run/data.json").read_text())["sources"]
-    assert set(windows) == {"code", "prose", "extra"}
-    for name, served in windows.items():
-        assert [k for k, _ in served] == list(range(len(served))), f"{name}: its order has a gap or a repeat"
-        assert len({window for _, window in served}) == len(served), f"{name}: a window came twice"
-        assert ledger[name]["tokens"] == len(served) * L
-    assert sum(entry["tokens"] for entry in ledger.values()) == (saved + 4) * G * L
-    assert (tmp_path / "run/data/order.json").stat().st_size < 2048
+            rows.setdefault(answer["source"], []).append(answer)
+    ledger = json.loads((run / "data.json").read_text())["sources"]
+    assert set(rows) == {"code", "prose", "extra"}
+    for name, served in rows.items():
+        order = [row["served_before"] for row in served]
+        assert order == list(range(len(served))), f"{name}: its order has a gap or a repeat"
+        assert len({row["window"] for row in served}) == len(served), f"{name}: a window came twice"
+        assert (ledger[name]["tokens"], ledger[name]["padding"]) == inputs_trained(served)
+    for name, shards in trained_tokens(data, steps).items():
+        times = np.concatenate(shards)
+        assert times.max() - times.min() <= 1, f"{name}: a token came again before the pass had ended"
+        assert times.max() >= 1
+    assert sum(row["tokens"] + row["padding"] for row in ledger.values()) == steps * G * L
+    assert any(row["padding"] for row in ledger.values()) == (packing == "best_fit")
+    for key in ("tokens", "padding", "skipped", "pass_tokens", "epochs", "to_come", "input"):
+        assert ledger["prose"][key] == three["prose"][key] is not None, key
+    page = re.sub(r"<[^>]+>", "", (run / "report.html").read_text()).replace("&nbsp;", " ")
+    assert f"unread: out of the mixture since step {saved + 5}" in page
+    assert f"{three['prose']['input']['documents']} documents in =" in page
+    assert "does not add up" not in page
+    assert (run / "data/order.json").stat().st_size < 2048
 
 
 # A run whose text is still being tokenised

@@ -241,7 +241,7 @@ def entry(**changed: Any) -> dict[str, Any]:
     came = {"documents": 47, "train": 40, "held_out": 2, "tokens": 1100, "text_bytes": 4400, "complete": True,
             "rejected": {"not JSON": 4, "empty": 1}}  # fmt: skip
     whole = {"weight": 1, "share": 1.0, "tokens": 300, "skipped": 50, "total_tokens": 1000, "epochs": 0.3,
-             "to_come": 650, "loss": 2.25, "input": came}  # fmt: skip
+             "pass_tokens": 1000, "to_come": 650, "loss": 2.25, "input": came}  # fmt: skip
     return {**whole, **changed}
 
 
@@ -330,7 +330,7 @@ def test_a_sum_that_is_wrong_is_marked(
 
 
 def test_what_is_not_known_is_a_dash_and_no_mistake(run: RunDirectory) -> None:
-    unknown = dict.fromkeys(("total_tokens", "epochs", "to_come", "loss"))
+    unknown = dict.fromkeys(("total_tokens", "pass_tokens", "epochs", "to_come", "loss"))
     seen = page_of(run, {"live": entry(**unknown), "far": entry(**unknown, input=None)})
     row = ["100.00 %", "300", DASH, DASH, "50", DASH]
     assert seen.rows[1:3] == [["live", "50.00 %", *row], ["far", "50.00 %", *row]]
@@ -355,14 +355,26 @@ def test_text_that_is_still_tokenised_has_come_in_so_far(run: RunDirectory) -> N
     assert sums(seen)[0] == "12 documents in so far = 9 to train on + 1 held out + 2 left out (2 not UTF-8)"
 
 
-def test_the_windows_of_best_fit_have_sizes_of_their_own(run: RunDirectory) -> None:
-    padded = entry(tokens=640, skipped=64, total_tokens=1000, epochs=640 / 1088, to_come=1088 - 704)
-    seen = page_of(run, {"code": padded}, packing="best_fit")
-    assert sums(seen)[1] == (
-        "1,088 places in the windows of the pass under way = 640 trained + 64 skipped + 384 still to come"
-    )
+def test_padding_is_counted_apart(run: RunDirectory) -> None:
+    windows = 12  # of 64 inputs, of 800 that were trained
+    padded = entry(tokens=64 * windows - 5, padding=5, share=windows / 800, skipped=64, total_tokens=1000,
+                   pass_tokens=1088, to_come=1088 - 64 * windows + 5 - 64)  # fmt: skip
+    seen = page_of(run, {"code": padded})
+    assert sums(seen)[1:] == [
+        "1,088 tokens of the pass under way = 763 trained + 64 skipped + 261 still to come",
+        "768 inputs trained = 763 tokens + 5 padding",
+    ]
     assert "add up" not in seen.text
-    assert "does not add up: 1,088" in page_of(run, {"code": padded}, packing="cut").text, "1000 tokens there"
+    assert "does not add up: 769" in page_of(run, {"code": {**padded, "padding": 6}}).text
+
+
+def test_a_source_that_left_the_mixture_says_since_when(run: RunDirectory) -> None:
+    stages = [[0, {"a": 1, "b": 1}], [80, {"a": 1}], [160, {"a": 1, "c": 1}], [4000, {"b": 1}]]
+    seen = page_of(run, {"a": entry(), "b": entry(weight=0), "c": entry()}, stages=stages)
+    assert [text.rpartition(" + ")[2] for text in sums(seen) if "trained" in text] == [
+        "650 still to come", "650 unread: out of the mixture since step 11", "650 still to come"
+    ]  # fmt: skip
+    assert not any("add up" in chip for chip in seen.chips)
 
 
 def test_bad_records_are_counted_by_reason_and_found(run: RunDirectory) -> None:
