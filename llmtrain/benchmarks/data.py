@@ -104,33 +104,33 @@ def compare(
             name: stack.enter_context(Station(_LOADERS, candidate.needs))
             for name, candidate in candidates.items()
         }
-        found: dict[str, Result] = {}
-        for name, candidate in candidates.items():
-            found[name] = _alone(name, candidate, stations[name], files, marked, sizes)
-        turns = {
-            name: partial(
-                stations[name].call,
-                "turn",
-                candidate.loader,
-                str(files.directory),
-                files.seq_len,
-                sizes.rows,
-                seconds,
-            )
+        found = {
+            name: _alone(name, candidate, stations[name], files, marked, sizes)
             for name, candidate in candidates.items()
-            if "missing" not in found[name] and "error" not in found[name]
+        }
+        arguments = str(files.directory), files.seq_len, sizes.rows, seconds
+        turns = {
+            name: partial(stations[name].call, "turn", candidate.loader, *arguments)
+            for name, candidate in candidates.items()
+            if found[name].keys().isdisjoint(("missing", "error"))
         }
         logger.info("%d rounds of %g s each: %s", rounds, seconds, ", ".join(turns))
         for name, results in interleaved(turns, rounds).items():
-            found[name] |= (
-                medians(results) | {"rounds": results} if isinstance(results, list) else _entry(results)
-            )
-    first = found[next(iter(candidates))].get("mtok_s")
-    for result in found.values():
-        if first and "mtok_s" in result:
-            result["ratio"] = result["mtok_s"] / first
+            found[name] |= _summary(results)
+    _compare_speeds(found, next(iter(candidates)))
     versions = {name: _version(candidate) for name, candidate in candidates.items()}
     return {"machine": machine(), "versions": versions, "loaders": found}
+
+
+def _summary(results: list[Result] | NotInstalledError | FailedError) -> Result:
+    return medians(results) | {"rounds": results} if isinstance(results, list) else _entry(results)
+
+
+def _compare_speeds(found: Mapping[str, Result], first: str) -> None:
+    speed = found[first].get("mtok_s")
+    for result in found.values():
+        if speed and "mtok_s" in result:
+            result["ratio"] = result["mtok_s"] / speed
 
 
 def _alone(

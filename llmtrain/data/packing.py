@@ -51,20 +51,14 @@ def pack(
     begins = np.zeros(labels.size + 1, bool)
     begins[::seq_len] = True
     separate = documents == "separate"
-    for i, count in enumerate(filled):
-        if count <= seq_len:
-            labels[i, max(count - 1, 0) :] = IGNORED
-            begins[i * seq_len + count] |= separate
+    _end_rows(filled, labels, begins, separate)
     if separate or not boundary_targets:
         starts = np.concatenate([_document_starts(row, i * seq_len) for i, row in enumerate(rows)])
         if separate:
             begins[starts] = True
         if not boundary_targets:
             labels.reshape(-1)[starts - 1] = IGNORED
-    for i, row in enumerate(rows):
-        if len(row.pieces) > 1 and (places := _continuations(row, i * seq_len)):
-            labels.reshape(-1)[[place - 1 for place in places]] = IGNORED
-            begins[places] |= separate
+    _end_pieces(rows, labels, begins, separate)
     cu_seqlens = np.flatnonzero(begins).astype(np.int32)
     positions = np.arange(labels.size, dtype=np.int32)
     positions -= cu_seqlens[:-1].repeat(cu_seqlens[1:] - cu_seqlens[:-1])  # np.diff costs more than this
@@ -88,6 +82,23 @@ def _read(row: Row, out: np.ndarray) -> int:
         out[filled : filled + len(ids)] = ids
         filled += len(ids)
     return filled
+
+
+def _end_rows(filled: Sequence[int], labels: np.ndarray, begins: np.ndarray, separate: bool) -> None:
+    """What fills up a window is no target, and a segment of its own where documents are."""
+    seq_len = labels.shape[1]
+    for i, count in enumerate(filled):
+        if count <= seq_len:
+            labels[i, max(count - 1, 0) :] = IGNORED
+            begins[i * seq_len + count] |= separate
+
+
+def _end_pieces(rows: Sequence[Row], labels: np.ndarray, begins: np.ndarray, separate: bool) -> None:
+    """Where a document goes on that began in another window, its first token here was a target there."""
+    for i, row in enumerate(rows):
+        if len(row.pieces) > 1 and (places := _continuations(row, i * labels.shape[1])):
+            labels.reshape(-1)[[place - 1 for place in places]] = IGNORED
+            begins[places] |= separate
 
 
 def _document_starts(row: Row, place: int) -> np.ndarray:
