@@ -365,6 +365,59 @@ def test_several_elements_a_line(tmp_path: Path) -> None:
             assert "in the element that begins at byte" in str(error)
 
 
+@pytest.mark.parametrize("end", [",\n", "\n]"])
+@pytest.mark.parametrize("broken", ['{text": "4"', '{"text": 4"', '{"text": "4'])
+def test_whole_elements_on_the_line_of_a_broken_one_are_read(broken: str, end: str, tmp_path: Path) -> None:
+    content = (
+        '[\n{"text": "0"},\n{"text": "1"},\n' + broken + '}, {"text": "5"} , {"id": 6, "text": "6"}' + end
+    )
+    content += '{"text": "7"}\n]' if end == ",\n" else ""
+    (tmp_path / "a.json").write_text(content)
+    records = read(tmp_path / "a.json")
+    texts = [record.text for record in records if isinstance(record, Document)]
+    assert texts == ["0", "1", "5", "6", *(["7"] if end == ",\n" else [])]
+    (bad,) = (record for record in records if isinstance(record, Rejected))
+    assert bad.record.decode() == broken + "}"
+    for record in records:
+        piece = Slice(str(tmp_path / "a.json"), record.position, record.position + 1, "byte", None)
+        assert list(readers.read(source(tmp_path / "a.json"), piece, LIMIT)) == [record]
+
+
+def broken_array(chosen: random.Random) -> tuple[str, dict[str, str], set[str]]:
+    """Elements, some on lines with others, some without a quote; the good ones by text; all texts."""
+    good, texts, content = {}, set(), "[\n"
+    for number in range(count := chosen.randint(4, 20)):
+        text = f"text {number}" + chosen.choice(["", ' "q" x', "\nline", " }, { "])
+        texts.add(text)
+        whole = element = json.dumps(chosen.choice([{"text": text}, {"id": number, "text": text, "m": "v"}]))
+        if chosen.random() < 0.15:
+            quotes = [at for at, byte in enumerate(whole) if byte == '"' != whole[at - 1] != "\\"]
+            element = whole[: (at := chosen.choice(quotes))] + whole[at + 1 :]
+        else:
+            good[text] = whole
+        content += element + ("\n]" if number == count - 1 else chosen.choice([",\n", ",\n", ", "]))
+    return content, good, texts
+
+
+def test_no_element_is_lost_beside_broken_ones(tmp_path: Path) -> None:
+    """Each good one is read, or stands in the text of a rejected one; or the file is refused."""
+    chosen, found = random.Random(0), Counter[str]()
+    for _ in range(1500):
+        content, good, all_texts = broken_array(chosen)
+        (tmp_path / "a.json").write_text(content)
+        try:
+            records = read(tmp_path / "a.json")
+        except UserError:
+            continue
+        texts = [record.text for record in records if isinstance(record, Document)]
+        kept = [record.record.decode() for record in records if isinstance(record, Rejected)]
+        assert len(set(texts)) == len(texts) and set(texts) <= all_texts
+        missing = good.keys() - set(texts)
+        assert all(any(good[text] in record for record in kept) for text in missing), content
+        found.update(read=len(texts), swallowed=len(missing))
+    assert found["read"] > 3000 and found["swallowed"] < 0.005 * found["read"]
+
+
 def test_text_with_lines_of_its_own_costs_its_element_alone(tmp_path: Path) -> None:
     """No JSON, but written by hand it happens: the ends of lines are not escaped."""
     text = 'one\n{\n  "a": 2 }\n]\n}, three'.replace('"', r"\"")

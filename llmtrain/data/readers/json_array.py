@@ -2,16 +2,19 @@
 
 Locating looks at strings and brackets and nothing else, so an element that is malformed in itself is rejected
 alone. A string that holds the end of a line was not closed, or is no JSON anyway: where elements begin lines,
-the next line that begins one is where reading goes on. Where lines do not help, nobody can say where the next
-element begins: that is a UserError naming the element, seen by the file's end or by a string that ends like
-`}, {`, as the text between two elements does where outside and inside are mistaken for each other.
+reading goes on at the next line that begins one, or before it with those that are whole. Where lines do not
+help, nobody can say where the next element begins: that is a UserError naming the element, seen by the file's
+end or by a string that ends like `}, {`, as the text between two elements does where outside and inside are
+mistaken for each other.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import BinaryIO
 
 from llmtrain.config import UserError
@@ -33,6 +36,8 @@ _QUOTE_OR_LINE = re.compile(rb'["\n]')
 _BOUNDARY = re.compile(rb'\}[ \t\r\n]*,[ \t\r\n]*\{[ \t\r\n]*"[^ \t\r\n,:}\]]')
 _LINE_START = re.compile(rb"(?:\xef\xbb\xbf)?([ \t]*)(?:\}[ \t]*)?(?:,[ \t]*)?(\[?)[ \t]*\Z")
 _NEXT_ELEMENT = re.compile(rb'\n([ \t]*)(?:\}[ \t]*)?(?:,[ \t]*)?(\{)[ \t\r\n]*["}]')
+_NEXT_ON_LINE = re.compile(rb"\}[ \t]*,[ \t]*(?=\{)")
+_TRIES = 100  # places on a line from which all the rest may be elements that are whole
 _ARRAY_END = re.compile(rb"\n[ \t]*\][ \t\r\n]*\Z")
 _AROUND = 256
 """Bytes before an element, at a string's end or a line's, that tell how elements stand on their lines."""
@@ -236,15 +241,16 @@ class _Scanner:
             until = self._at + _AROUND
             if found := _NEXT_ELEMENT.match(self._marks, self._at, until):
                 if len(found[1]) <= self._indent:
-                    self._end, self._at = self._at, found.start(2)
+                    self._end, self._at = self._whole_elements() or (self._at, found.start(2))
                     return False
                 deeper = deeper or self._base + found.start(2)
             elif len(self._marks) < until and (found := _ARRAY_END.match(self._marks, self._at)):
                 if deeper:  # of this element, or the last ones that are
                     self._doubt = deeper
                     raise self._swallowed(position)
-                self._end, self._at = self._at, found.end()
-                return True
+                whole = self._whole_elements()
+                self._end, self._at = whole or (self._at, found.end())
+                return whole is None
             if self._base + self._at - position > most:
                 raise UserError(
                     f"{self._name}: a string is not closed in the element that begins at byte {position} of"
@@ -255,6 +261,17 @@ class _Scanner:
                 self._at = len(self._marks)
                 self._more_of_element(position)
             self._at = line
+
+    def _whole_elements(self) -> tuple[int, int] | None:
+        """Where the element under way ends and others begin, if up to here nothing but whole ones follow."""
+        for found in islice(_NEXT_ON_LINE.finditer(self._buffer, self._first, self._at), _TRIES):
+            rest = bytes(self._buffer[found.end() : self._at]).rstrip().removesuffix(b",")
+            try:
+                json.loads(b"[%b]" % rest)
+            except (ValueError, RecursionError):
+                continue
+            return found.start() + 1, found.end()
+        return None
 
     def _has(self, count: int) -> bool:
         """Read on until there are so many bytes to look at; whether there are."""
