@@ -1,7 +1,7 @@
 """How the model knows where a token stands: one part with three hooks, each an identity by default.
 
     embed(x, position_ids)          on the embedded tokens     Learned
-    rotate(q, k, position_ids)      on queries and keys        Rope
+    rotate(q, k, turns)             on queries and keys        Rope; turns(position_ids, dtype) once a forward
     slopes(device)                  on the scores              Alibi
 
 Letters: B rows, T positions, H query heads, K key/value heads, D head dim.
@@ -28,8 +28,12 @@ class Position(nn.Module):
         """[B, T, d_model] -> the same; `position_ids` int [B or 1, T]."""
         return x
 
-    def rotate(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, H, T, D] and k [B, K, T, D] -> the same."""
+    def turns(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What `rotate` needs of the positions, made once a forward pass; `dtype` is that of q and k."""
+        return None
+
+    def rotate(self, q: Tensor, k: Tensor, turns: Tensor | None) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, D] and k [B, T, K, D] -> the same."""
         return q, k
 
     def slopes(self, device: torch.device) -> Tensor | None:
@@ -48,11 +52,15 @@ class Rope(Position):
         self.head_dim, self.theta = head_dim, theta
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def rotate(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, H, T, D] and k [B, K, T, D], each turned by its position."""
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        turns = self._table(q.shape[-2], q.device, dtype)[position_ids]  # [B or 1, T, D]
-        cos, sin = turns[:, None].chunk(2, dim=-1)
+    def turns(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """cos, then sin, of each position's D / 2 angles: [B or 1, T, 1, D], fp32 or better."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        return self._table(position_ids.shape[-1], position_ids.device, dtype)[position_ids][:, :, None]
+
+    def rotate(self, q: Tensor, k: Tensor, turns: Tensor | None) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, D] and k [B, T, K, D], each turned by its position."""
+        assert turns is not None
+        cos, sin = turns.chunk(2, dim=-1)
         return _turn(q, cos, sin), _turn(k, cos, sin)
 
     def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:

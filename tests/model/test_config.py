@@ -55,11 +55,15 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "d_ff": ({"d_ff": 64}, shapes),
     "norm": ({"norm": "layernorm"}, shapes),
     "norm_eps": ({"norm_eps": 1e-2}, logits),
+    "embedding_norm": ({"embedding_norm": True}, shapes),
+    "qk_norm": ({"qk_norm": True}, shapes),
+    "residual": ({"residual": "parallel_one_norm"}, shapes),
+    "bias": ({"bias": "qkv"}, shapes),
     "feed_forward": ({"feed_forward": "gelu"}, shapes),
     "tie_embeddings": ({"tie_embeddings": False}, shapes),
     "position.kind": ({"position": POSITIONS["alibi"]}, logits),
     "position.theta": ({"position": {"kind": "rope", "theta": 50.0}}, logits),
-    "attention.backend": ({"attention": {"backend": "sdpa"}}, lambda model: model.blocks[0].attention.kernel),
+    "attention.backend": ({"attention": {"backend": "sdpa"}}, lambda model: model.kernel.name),
 }
 """For each key a change, and what it must be seen in."""
 
@@ -83,7 +87,7 @@ def test_the_positions_all_differ() -> None:
         ({"d_model": 30}, "head_dim", "n_heads=4 does not divide d_model=30"),
         ({"head_dim": 7}, "position", "head_dim=7 is odd"),
         ({"d_model": 0}, "d_model", "greater than 0"),
-        ({"norm": "rms"}, "norm", "'rmsnorm' or 'layernorm'"),
+        ({"norm": "rms"}, "norm", "'rmsnorm', 'layernorm' or 'layernorm_no_bias'"),
         ({"position": {"kind": "ropes"}}, "position", "'rope', 'alibi', 'learned', 'none'"),
         ({"position": {"kind": "alibi", "theta": 1.0}}, "position", "Extra inputs"),
         ({"attention": {"backend": "flash"}}, "attention", "'auto', 'eager' or 'sdpa'"),
@@ -123,12 +127,15 @@ def test_a_position_part_of_ones_own() -> None:
 def preset(name: str) -> dict[str, Any]:
     """A preset of conf/model with the parts that its defaults list names."""
     values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    parts: dict[str, Any] = {}
     for part in values.pop("defaults"):
         if isinstance(part, dict):
-            values |= {
+            parts |= {
                 group: yaml.safe_load((CONF / group / f"{it}.yaml").read_text()) for group, it in part.items()
             }
-    return values
+        elif part != "_self_":
+            parts |= yaml.safe_load((CONF / f"{part}.yaml").read_text())
+    return parts | values
 
 
 @pytest.mark.parametrize(
@@ -149,7 +156,7 @@ def test_presets_are_the_size_they_say(name: str, vocab_size: int, millions: tup
 
 
 def test_every_preset_and_part_is_tried() -> None:
-    assert {path.stem for path in CONF.glob("*.yaml")} == {"tiny", "124m", "350m", "1_3b"}
+    assert {path.stem for path in CONF.glob("*.yaml")} == {"base", "tiny", "124m", "350m", "1_3b"}
     for path in CONF.glob("position/*.yaml"):
         assert config(position=yaml.safe_load(path.read_text())).position.kind == path.stem
     for path in CONF.glob("attention/*.yaml"):
@@ -167,7 +174,7 @@ def test_flops_against_a_counter() -> None:
     """The formula counts norms, which are no products, and leaves out the vocabulary's padding."""
     model = decoder(n_kv_heads=2, head_dim=16)
     with FlopCounterMode(display=False) as counter:
-        model(tokens(), tokens()).sum().backward()
+        model(tokens(), tokens()).total.backward()
     norms, padding = 5 * 32, 84 * 32
     counted = counter.get_total_flops() / tokens().numel()
     assert counted == model.flops_per_token(SEQ_LEN) + 6 * (padding - norms)
@@ -205,4 +212,4 @@ def test_the_model_imports_torch_and_pydantic_only() -> None:
 
 
 def test_auto_is_sdpa_here() -> None:
-    assert decoder(attention={"backend": "auto"}).blocks[0].attention.kernel is sdpa
+    assert decoder(attention={"backend": "auto"}).kernel is sdpa.KERNEL

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from llmtrain.model.position import AlibiConfig, Position, Rope, alibi_slopes
 from tests.model.small import SEQ_LEN, decoder, relative_error, tokens
+
+
+def turned(rope: Rope, q: Tensor) -> Tensor:
+    """q [B, T, H, D], each turned by its place."""
+    return rope.rotate(q, q, rope.turns(torch.arange(q.shape[1])[None], q.dtype))[0]
 
 
 def test_alibi_slopes_equal_blooms_for_1_to_128_heads() -> None:
@@ -25,20 +31,18 @@ def test_alibi_slopes_of_the_paper() -> None:
 def test_a_cast_to_bf16_leaves_slopes_and_angles_in_fp32() -> None:
     alibi, rope = decoder(position={"kind": "alibi"}).bfloat16(), Rope(8, 10_000.0).bfloat16()
     assert alibi.position.slopes(torch.device("cpu")).dtype == torch.float32
-    q = torch.randn(1, 2, 2048, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    positions = torch.arange(2048)[None]
-    exact, _ = Rope(8, 10_000.0).rotate(q.double(), q.double(), positions)
-    turned, _ = rope.rotate(q, q, positions)
-    assert turned.dtype == torch.bfloat16
-    assert relative_error(turned, exact) < 2**-8  # one rounding to bf16; bf16 angles would be off by radians
+    q = torch.randn(1, 2048, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = turned(Rope(8, 10_000.0), q.double())
+    cast = turned(rope, q)
+    assert cast.dtype == torch.bfloat16
+    assert relative_error(cast, exact) < 2**-8  # one rounding to bf16; bf16 angles would be off by radians
 
 
 def test_rope_turns_the_same_whatever_length_was_seen_before() -> None:
-    q = torch.randn(1, 1, 40, 8)
-    positions = torch.arange(40)[None]
+    q = torch.randn(1, 40, 1, 8)
     grown = Rope(8, 100.0)
-    grown.rotate(q[:, :, :3], q[:, :, :3], positions[:, :3])
-    assert torch.equal(grown.rotate(q, q, positions)[0], Rope(8, 100.0).rotate(q, q, positions)[0])
+    turned(grown, q[:, :3])
+    assert torch.equal(turned(grown, q), turned(Rope(8, 100.0), q))
 
 
 def test_tables_made_in_inference_mode_serve_training() -> None:
@@ -46,7 +50,7 @@ def test_tables_made_in_inference_mode_serve_training() -> None:
         model = decoder(position=kind, attention={"backend": "sdpa"})
         with torch.inference_mode():
             model(tokens())
-        model(tokens(), labels=tokens()).sum().backward()
+        model(tokens(), labels=tokens()).total.backward()
 
 
 def test_the_learned_table_ends_at_seq_len() -> None:
