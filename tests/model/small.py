@@ -14,8 +14,8 @@ VOCAB = 300  # not a multiple of 128: the tables have 84 rows of padding
 SEQ_LEN = 24
 POSITIONS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},
-    "rope": {"kind": "rope", "theta": 100.0},
-    "alibi": {"kind": "alibi"},
+    "rope": {"kind": "rope", "theta": 100.0, "layout": "half", "scaling": None},
+    "alibi": {"kind": "alibi", "scaled": False},
     "learned": {"kind": "learned"},
 }
 KV_HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}

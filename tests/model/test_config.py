@@ -48,6 +48,7 @@ def logits(model: Decoder) -> list[float]:
         return model(tokens()).flatten().tolist()
 
 
+ROPE = POSITIONS["rope"]
 CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "d_model": ({"d_model": 64}, shapes),
     "n_layers": ({"n_layers": 3}, shapes),
@@ -64,7 +65,13 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "feed_forward": ({"feed_forward": "gelu"}, shapes),
     "tie_embeddings": ({"tie_embeddings": False}, shapes),
     "position.kind": ({"position": POSITIONS["alibi"]}, logits),
-    "position.theta": ({"position": {"kind": "rope", "theta": 50.0}}, logits),
+    "position.theta": ({"position": ROPE | {"theta": 50.0}}, logits),
+    "position.layout": ({"position": ROPE | {"layout": "interleaved"}}, logits),
+    "position.scaling": ({"position": ROPE | {"scaling": {"kind": "linear", "factor": 2.0}}}, logits),
+    "position.scaled": (
+        {"position": POSITIONS["alibi"] | {"scaled": True}},
+        lambda model: getattr(model.position, "divisor", None),
+    ),
     "attention.backend": ({"attention": {"backend": "sdpa"}}, lambda model: model.kernel.name),
 }
 """For each key a change, and what it must be seen in."""
@@ -91,7 +98,7 @@ def test_the_positions_all_differ() -> None:
         ({"d_model": 0}, "d_model", "greater than 0"),
         ({"norm": "rms"}, "norm", "'rmsnorm', 'layernorm' or 'layernorm_no_bias'"),
         ({"position": {"kind": "ropes"}}, "position", "'rope', 'alibi', 'learned', 'none'"),
-        ({"position": {"kind": "alibi", "theta": 1.0}}, "position", "Extra inputs"),
+        ({"position": {"kind": "alibi", "scaled": False, "theta": 1.0}}, "position", "Extra inputs"),
         ({"attention": {"backend": "flash"}}, "attention", "'auto', 'eager' or 'sdpa'"),
         ({"d_modle": 3}, "d_modle", "Extra inputs"),
     ],

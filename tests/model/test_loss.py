@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.model import Decoder
-from tests.model.small import SEQ_LEN, VOCAB, decoder, packed_batch, plain_batch, relative_error, tokens
+from tests.model.small import (
+    POSITIONS,
+    SEQ_LEN,
+    VOCAB,
+    decoder,
+    packed_batch,
+    plain_batch,
+    relative_error,
+    tokens,
+)
 
 
 def test_the_loss_of_a_row_is_the_sum_of_its_cross_entropies() -> None:
@@ -86,9 +95,8 @@ def saved_for_backward(model: Decoder, batch: dict[str, Tensor]) -> tuple[int, d
 
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 def test_activation_checkpointing_keeps_less_and_changes_nothing(position: str) -> None:
-    kind = {"kind": "rope", "theta": 100.0} if position == "rope" else {"kind": "alibi"}
-    plain = decoder(n_layers=4, position=kind, attention={"backend": "sdpa"})
-    frugal = decoder(n_layers=4, position=kind, attention={"backend": "sdpa"})
+    plain = decoder(n_layers=4, position=POSITIONS[position], attention={"backend": "sdpa"})
+    frugal = decoder(n_layers=4, position=POSITIONS[position], attention={"backend": "sdpa"})
     frugal.activation_checkpointing = True
     kept, gradients = saved_for_backward(plain, packed_batch())
     kept_frugal, gradients_frugal = saved_for_backward(frugal, packed_batch())

@@ -16,7 +16,7 @@ from llmtrain.model.feed_forward import build_feed_forward
 from llmtrain.model.kernels import AttentionConfig, eager, sdpa
 from llmtrain.model.kernels.base import repeat_heads
 from llmtrain.model.norm import build_norm
-from tests.model.small import PACKED, SEQ_LEN, decoder, packed_batch, relative_error
+from tests.model.small import PACKED, POSITIONS, SEQ_LEN, decoder, packed_batch, relative_error
 
 CPU = torch.device("cpu")
 
@@ -70,10 +70,11 @@ def recorded_masks(monkeypatch: pytest.MonkeyPatch, position: str, packed: bool)
         return fused(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    kind = {"kind": "rope", "theta": 100.0} if position == "rope" else {"kind": "alibi"}
     batch = packed_batch()
     starts = batch["cu_seqlens"] if packed else torch.tensor([0, SEQ_LEN, 2 * SEQ_LEN])
-    decoder(n_layers=3, position=kind, attention={"backend": "sdpa"})(batch["input_ids"], cu_seqlens=starts)
+    decoder(n_layers=3, position=POSITIONS[position], attention={"backend": "sdpa"})(
+        batch["input_ids"], cu_seqlens=starts
+    )
     return masks
 
 
