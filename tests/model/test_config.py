@@ -1,29 +1,23 @@
-"""Every key of the model's config shows, mistakes are named, presets hold, imports are light."""
+"""Every key of the model's config shows, mistakes are named, imports are light."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
-import llmtrain
 from llmtrain.config import Config
-from llmtrain.config.hydra import compose
 from llmtrain.model import Decoder, DecoderConfig
 from llmtrain.model.kernels import AttentionConfig, sdpa
 from llmtrain.model.position import AlibiConfig, LearnedConfig, NoPositionConfig, PositionConfig, RopeConfig
-from llmtrain.training.config import TrainConfig
 from tests.model.small import POSITIONS, SEQ_LEN, VOCAB, config, decoder, tokens
 
-CONF = Path(llmtrain.__file__).parent.parent / "conf" / "model"
 PARTS = {
     "position": [RopeConfig, AlibiConfig, LearnedConfig, NoPositionConfig],
     "attention": [AttentionConfig],
@@ -131,35 +125,6 @@ def test_a_position_part_of_ones_own() -> None:
     model = decoder(position={"_target_": "tests.model.test_config.Wave", "height": 30.0})
     assert shapes(model)["position.embedding.weight"] == (30, 32)
     assert model(tokens()).shape == (2, SEQ_LEN, VOCAB)
-
-
-def preset(name: str) -> DecoderConfig:
-    """A preset of conf/model."""
-    return compose(TrainConfig, [f"model={name}"]).model
-
-
-@pytest.mark.parametrize(
-    ("name", "vocab_size", "millions"),
-    [
-        ("tiny", 4096, (0.8, 1.0)),
-        ("124m", 50257, (120, 125)),
-        ("350m", 50257, (300, 360)),
-        ("1_3b", 50257, (1100, 1350)),
-    ],
-)
-def test_presets_are_the_size_they_say(name: str, vocab_size: int, millions: tuple[float, float]) -> None:
-    shape = preset(name)
-    with torch.device("meta"):
-        count = shape.assemble(vocab_size=vocab_size, seq_len=1024).parameter_count
-    assert millions[0] <= count / 1e6 <= millions[1]
-
-
-def test_every_preset_and_part_is_tried() -> None:
-    assert {path.stem for path in CONF.glob("*.yaml")} == {"base", "tiny", "124m", "350m", "1_3b"}
-    for path in CONF.glob("position/*.yaml"):
-        assert config(position=yaml.safe_load(path.read_text())).position.kind == path.stem
-    for path in CONF.glob("attention/*.yaml"):
-        assert config(attention=yaml.safe_load(path.read_text())).attention.backend == path.stem
 
 
 def test_parameters_against_a_hand_count() -> None:
