@@ -25,6 +25,7 @@ NEEDED = {
         "+model.n_kv_heads=1",
         "+model.d_ff=64",
     ],
+    "deepspeed=base": ["+deepspeed.zero_optimization.stage=1"],
     "data=base": ["+data.sources.text.path=x", "+data.sources.text.weight=1"],
     "data=files": ["data.sources.text.path=x"],
     "tokenizer=huggingface": ["tokenizer.path=x"],

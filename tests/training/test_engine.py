@@ -30,19 +30,6 @@ def batch(rows: int, length: int, sources=None) -> Batch:
     )
 
 
-def test_zero_settings_reach_deepspeed(tiny):
-    for overrides, expected in [
-        ([], (200_000_000, 200_000_000, True)),
-        (["deepspeed.zero_optimization.reduce_bucket_size=1000"], (1000, 200_000_000, True)),
-        (["deepspeed.zero_optimization.allgather_bucket_size=2000"], (200_000_000, 2000, True)),
-        (["deepspeed.zero_optimization.overlap_comm=false"], (200_000_000, 200_000_000, False)),
-    ]:
-        _, engine = build([*tiny, "deepspeed=zero2", *overrides])
-        zero = engine.deepspeed._config.zero_config
-        assert (int(zero.reduce_bucket_size), int(zero.allgather_bucket_size), zero.overlap_comm) == expected
-        engine.close()
-
-
 def test_activation_checkpointing_keeps_fewer_tensors(tiny):
     kept = {}
     for setting in ("false", "true"):

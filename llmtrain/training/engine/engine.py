@@ -159,6 +159,7 @@ class Engine:
 
         writer.save = save
         self.deepspeed.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        self.deepspeed.collect_python_gc()  # `deepspeed.disable_python_gc` leaves cycles to this moment
         if errors:
             raise errors[0]
 
