@@ -47,4 +47,6 @@ def full_precision(x: Tensor) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of `x` come out as: the autocast dtype where autocast is on, else that of `x`."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    # The meta device has no autocast, and asking whether it is on is an error there.
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else x.dtype

@@ -198,6 +198,7 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
 }
 
 ENGINE = "tests/training/test_engine.py"
+SIZING = "tests/training/test_sizing.py"
 DEEPSPEED = "tests/training/test_deepspeed_config.py"
 ELSEWHERE: dict[str, str] = {
     # key: the test that shows its effect
@@ -209,6 +210,22 @@ ELSEWHERE: dict[str, str] = {
     "tokenizer.path": "tests/training/test_keys.py::test_tokenizer_path_brings_a_tokenizer_along",
     "resume": "tests/training/test_resume.py::test_resume_never_sets_the_older_run_aside",
     "activation_checkpointing": f"{ENGINE}::test_activation_checkpointing_keeps_fewer_tensors",
+    **{
+        f"hardware.{key}": f"{SIZING}::test_{test}"
+        for test, names in {
+            "auto_is_the_device_that_is_found": ("name", "devices", "bf16_tflops"),
+            "the_largest_micro_batch_that_fits_is_the_largest": ("memory_gib",),
+            "every_rate_changes_the_time": (
+                "gpus_per_node",
+                "matmul_tflops",
+                "memory_gbps",
+                "link_gbps",
+                "network_gbps",
+                "host_gbps",
+            ),
+        }.items()
+        for key in names
+    },
     "deepspeed.disable_python_gc": f"{DEEPSPEED}::test_python_s_garbage_collector_stays_off_until_a_save",
     **{
         f"deepspeed.zero_optimization.{key}": f"{DEEPSPEED}::test_every_key_reaches_deepspeed"
