@@ -1,9 +1,10 @@
-"""Say what a mixture will read before it is trained: tokens, shares, epochs and what to beware of."""
+"""Say what a run will read and what it will cost: shares and epochs, parameters, memory, time."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmtrain.config.hydra import hydra_door
@@ -11,6 +12,7 @@ from llmtrain.config.hydra import hydra_door
 if TYPE_CHECKING:
     from llmtrain.data.plan import Plan
     from llmtrain.training.planning import PlanConfig
+    from llmtrain.training.sizing.choose import Sizing
 
 
 def plan_config() -> type[PlanConfig]:
@@ -23,17 +25,19 @@ def plan_config() -> type[PlanConfig]:
 def run(config: PlanConfig) -> int:
     """Measure the sources, print the table, write plan.json and the page into the run directory."""
     from llmtrain.distributed import World
-    from llmtrain.training.planning import measure, plan_json, plan_of, write_plan
+    from llmtrain.training.planning import measure, plan_json, plan_of, size_of, write_plan
 
     if not World.from_environment().is_main:
         return 0
+    sizing = size_of(config)
     sizes = measure(config)
     plan = plan_of(config, sizes)
-    file, page = write_plan(config, plan, sizes)
+    file, page = write_plan(config, plan, sizes, sizing)
     if config.format == "json":
-        sys.stdout.write(json.dumps(plan_json(config, plan), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(plan_json(config, plan, sizing), indent=2, ensure_ascii=False) + "\n")
         return 0
     show(plan)
+    show_sizing(sizing, plan.run.tokens)
     if config.weights != "given":
         show_weights(config, plan)
     sys.stdout.write(f"\n{file}\n{page}: the same with sliders, in a browser\n")
@@ -42,19 +46,35 @@ def run(config: PlanConfig) -> int:
 
 def show(plan: Plan) -> None:
     """Print the table, and below it the totals and everything that needs saying."""
+    from llmtrain.training.planning import HEADINGS, remarks, rows
+
+    title = f"{plan.run.tokens:,} tokens in {plan.run.steps:,} steps"
+    _print(title, HEADINGS, rows(plan), remarks(plan))
+
+
+def show_sizing(sizing: Sizing, tokens: int) -> None:
+    """Print every way to train, and below it what the run costs as configured and at its cheapest."""
+    from llmtrain.training.sizing.words import HEADINGS, remarks, rows, title
+
+    sys.stdout.write("\n")
+    _print(title(sizing), HEADINGS, rows(sizing, tokens), remarks(sizing, tokens))
+
+
+def _print(title: str, headings: Sequence[str], rows: Sequence[list[str]], lines: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmtrain.training.planning import HEADINGS, remarks, rows
-
-    table = Table(title=f"{plan.run.tokens:,} tokens in {plan.run.steps:,} steps")
-    for number, heading in enumerate(HEADINGS):
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in rows(plan):
+    for row in rows:
         table.add_row(*row)
     console = Console(soft_wrap=True, highlight=False)
+    console.width = max(
+        console.width, console.measure(table, options=console.options.update(width=999)).maximum
+    )
     console.print(table)
-    for line in remarks(plan):
+    for line in lines:
         console.print(line, markup=False)
 
 

@@ -18,6 +18,14 @@ from tests.training.test_keys import keys
 
 CONF = config_directory()
 NEEDED = {
+    "model=base": [
+        "+model.d_model=64",
+        "+model.n_layers=1",
+        "+model.n_heads=2",
+        "+model.n_kv_heads=1",
+        "+model.d_ff=64",
+    ],
+    "deepspeed=base": ["+deepspeed.zero_optimization.stage=1"],
     "data=base": ["+data.sources.text.path=x", "+data.sources.text.weight=1"],
     "data=files": ["data.sources.text.path=x"],
     "tokenizer=huggingface": ["tokenizer.path=x"],

@@ -36,7 +36,7 @@ def test_gpt3_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmtrain", "plan", "data=gpt3", f"output_dir={tmp_path}/run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert [row[:6] for row in rows(done.stdout)] == GPT3
+    assert [row[:6] for row in rows(done.stdout)[: len(GPT3)]] == GPT3
     assert "sum to 1.01" in done.stdout and "webtext2 3.47" in done.stdout
     assert "3.15M tokens a step" in done.stdout and "hold 499B tokens" in done.stdout
     assert str(tmp_path / "run" / "report.html") in done.stdout.replace("\n", "")
@@ -139,6 +139,52 @@ def test_warnings_are_lines_of_their_own(tmp_path: Path, capsys: pytest.CaptureF
     assert code == 0
     assert re.search(r"^! wikipedia: 50\.\d epochs, far above 16", out, re.M)
     assert [row[0] for row in rows(out) if row[-1] == "!"] == ["wikipedia"]
+
+
+def test_the_cost_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["model=7b", "hardware=h100_80gb", "gpus=8", "tokenizer.vocab_size=50257"]
+    code, out, _ = call(capsys, "data=gpt3", f"output_dir={tmp_path}", *model)
+    assert code == 0
+    table = {(row[0], row[1]): row for row in rows(out)[len(GPT3) :]}
+    assert len(table) == 1 + 6 * 2
+    assert table["zero0", "no"][-1] == table["zero0", "yes"][-1] == "x"
+    assert [row[0] for row in table.values() if row[-1] == "*"] == ["zero2"]  # zero3 is no faster by 2 %
+    assert "6,887,976,960 parameters, 411,705,344 of them in embedding tables" in out
+    said = json.loads((tmp_path / "plan.json").read_text())["sizing"]
+    overrides = re.search(r"^cheapest that fits: .*: (deepspeed=.*)$", out, re.M)
+    assert overrides and overrides[1] == said["cheapest"]["overrides"]
+    assert said["flops_per_token"] == 6 * 6_887_976_960 + 12 * 32 * 4096 * 2048
+    assert said["flops_per_token_causal"] == 6 * 6_887_976_960 + 6 * 32 * 4096 * 2048
+    tokens = 95367 * 1536 * 2048
+    seconds = tokens / said["cheapest"]["seconds"]["tokens_per_second"]
+    assert said["cheapest"]["days"] == pytest.approx(seconds / 86400)
+    assert said["cheapest"]["gpu_hours"] == pytest.approx(seconds / 3600 * 8)
+    parts = said["configured"]["memory"]
+    assert parts["total"] == sum(size for key, size in parts.items() if key not in ("host", "total"))
+
+
+def test_without_a_device_there_is_memory_but_no_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(capsys, "data=gpt3", f"output_dir={tmp_path}", "hardware=cpu")
+    assert code == 0
+    assert "memory of hardware=cpu is not known: name one, as hardware=h100_80gb" in out
+    assert "no time predicted: hardware=cpu has no bf16_tflops, memory_gbps" in out
+    said = json.loads((tmp_path / "plan.json").read_text())["sizing"]
+    assert said["cheapest"] is None and said["configured"]["seconds"] is None
+    assert said["configured"]["memory"]["weights"] > 0
+
+
+def test_deepspeed_is_not_imported_for_a_plan(tmp_path: Path) -> None:
+    code = (
+        "import sys; from llmtrain.plan import main; "
+        f"main(['data=gpt3', 'model=70b', 'output_dir={tmp_path}', 'hardware=h200', 'gpus=64']); "
+        "import resource; "
+        "print([name for name in ('deepspeed', 'transformers') if name in sys.modules], "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] True", done.stdout[-300:]
 
 
 @pytest.mark.parametrize(

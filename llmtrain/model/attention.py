@@ -5,23 +5,30 @@ Letters: B rows, T positions, H query heads, K key/value heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from llmtrain.model.documents import Documents
-from llmtrain.model.kernels import Kernel
+from llmtrain.model.kernels import Kernel, Prepared
 from llmtrain.model.layers import Linear
+from llmtrain.model.norm import build_norm
+from llmtrain.model.position import Position
 
-Rotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Slopes = Callable[[torch.device], Tensor | None]
+
+class Context(NamedTuple):
+    """What all blocks share in a forward pass: made once, outside of them."""
+
+    turns: Tensor | None
+    """What the position part made for `rotate`."""
+    prepared: Prepared
+    """What the kernel made of the documents and the slopes."""
 
 
 class Attention(nn.Module):
-    """MHA (K = H), GQA or MQA (K = 1), with two hooks of the position part and a kernel.
+    """MHA (K = H), GQA or MQA (K = 1).
 
-    `qkv.weight` holds the rows of q (H * D), then of k (K * D), then of v (K * D).
+    `qkv.weight` holds the rows of q (H * D), then of k (K * D), then of v (K * D). With `qk_norm_eps` each
+    head of q and k goes through an RMSNorm before it is rotated (Henry et al. 2020, Qwen3).
     """
 
     def __init__(
@@ -30,20 +37,27 @@ class Attention(nn.Module):
         n_heads: int,
         n_kv_heads: int,
         head_dim: int,
-        rotate: Rotate,
-        slopes: Slopes,
+        *,
+        position: Position,
         kernel: Kernel,
+        qkv_bias: bool,
+        out_bias: bool,
+        qk_norm_eps: float | None,
     ) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
-        self.rotate, self.slopes, self.kernel = rotate, slopes, kernel
-        self.qkv = Linear(d_model, (n_heads + 2 * n_kv_heads) * head_dim)
-        self.out = Linear(n_heads * head_dim, d_model)
+        self.heads, self.head_dim = [n_heads, n_kv_heads, n_kv_heads], head_dim
+        self.rotate, self.kernel = position.rotate, kernel
+        self.qkv = Linear(d_model, sum(self.heads) * head_dim, qkv_bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = build_norm("rmsnorm", head_dim, qk_norm_eps)
+            self.k_norm = build_norm("rmsnorm", head_dim, qk_norm_eps)
+        self.out = Linear(n_heads * head_dim, d_model, out_bias)
 
-    def forward(self, x: Tensor, position_ids: Tensor, documents: Documents) -> Tensor:
-        """[B, T, d_model] -> the same; `position_ids` int [B or 1, T]."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2K, T, D]
-        q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
-        q, k = self.rotate(q, k, position_ids)
-        out = self.kernel(q, k, v, self.slopes(x.device), documents)  # [B, H, T, D]
-        return self.out(out.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, T, d_model] -> the same."""
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # [B, T, H or K, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.rotate(q, k, context.turns)
+        return self.out(self.kernel.attend(q, k, v, context.prepared).flatten(2))

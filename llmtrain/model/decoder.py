@@ -5,7 +5,8 @@ Letters: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config import Config, choice
-from llmtrain.model.attention import Attention
+from llmtrain.model.attention import Attention, Context
 from llmtrain.model.documents import Documents
 from llmtrain.model.feed_forward import FeedForwardKind, build_feed_forward
 from llmtrain.model.init import initialize_parameters
 from llmtrain.model.kernels import AttentionConfig, Kernel
-from llmtrain.model.layers import Embedding, full_precision
+from llmtrain.model.layers import Embedding, compute_dtype
+from llmtrain.model.loss import Losses, head_losses
 from llmtrain.model.norm import NormKind, build_norm
 from llmtrain.model.position import (
     AlibiConfig,
@@ -29,9 +31,6 @@ from llmtrain.model.position import (
     PositionConfig,
     RopeConfig,
 )
-
-IGNORED = -100
-"""The label of a position that is not trained."""
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the vocabulary's tables are padded to this: matrix products want round sizes."""
@@ -56,8 +55,16 @@ class DecoderConfig(Config):
     """Normalisation before each part and before the head."""
     norm_eps: PositiveFloat
     """Added to the variance (LayerNorm) or to the mean square (RMSNorm)."""
+    embedding_norm: bool
+    """Whether the embedded tokens are normalised before the first block (BLOOM)."""
+    qk_norm: bool
+    """Whether each head of q and k goes through an RMSNorm (Qwen3): larger learning rates stay stable."""
+    residual: Literal["sequential", "parallel", "parallel_one_norm"]
+    """Attention, then feed-forward; or side by side, with a norm each (Falcon 40B) or one (Falcon 7B)."""
+    bias: Literal["none", "qkv", "all"]
+    """Which of the blocks' matrices have a bias: Qwen2 has qkv, BLOOM all."""
     feed_forward: FeedForwardKind
-    """swiglu has three matrices d_model x d_ff, gelu has two."""
+    """swiglu and geglu have three matrices d_model x d_ff, the others two."""
     tie_embeddings: bool
     """Whether the head is the embedding's table or one of its own."""
     position: choice(PositionConfig, RopeConfig, AlibiConfig, LearnedConfig, NoPositionConfig)  # type: ignore[valid-type]
@@ -123,9 +130,30 @@ class Decoder(nn.Module):
         self.position: Position = config.position.build(
             d_model=config.d_model, n_heads=config.n_heads, head_dim=config.d_head, seq_len=seq_len
         )
+        self.embedding_norm = build_norm(
+            config.norm if config.embedding_norm else "none", config.d_model, config.norm_eps
+        )
         self.blocks = nn.ModuleList(Block(config, self.position, kernel) for _ in range(config.n_layers))
         self.final_norm = build_norm(config.norm, config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else Embedding(padded(vocab_size), config.d_model)
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Losses: ...
 
     def forward(
         self,
@@ -133,8 +161,8 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """Logits [B, T, V]; with labels the sum of each row's target NLLs in nats, [B] in fp32.
+    ) -> Tensor | Losses:
+        """Logits [B, T, V]; with labels the Losses.
 
         `input_ids`, `labels`, `position_ids` int [B, T]. Labels are the tokens to predict at each position
         (nothing is shifted here), -100 where none is. Positions count from 0 if not given. `cu_seqlens`
@@ -144,18 +172,25 @@ class Decoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device)[None]
         documents = Documents(rows, length, cu_seqlens, input_ids.device)
-        x = self.position.embed(self.embedding(input_ids), position_ids)
+        x = self.embedding_norm(self.position.embed(self.embedding(input_ids), position_ids))
+        dtype = compute_dtype(x)
+        slopes = self.position.slopes(x.device)
+        context = Context(
+            self.position.turns(position_ids, dtype), self.kernel.prepare(documents, slopes, dtype)
+        )
         for block in self.blocks:
-            x = self._through(block, x, position_ids, documents)
+            x = self._through(block, x, context)
         head = self.embedding if self.head is None else self.head
-        logits = head(self.final_norm(x), as_head=True)[..., : self.vocab_size]
-        return logits if labels is None else row_losses(logits, labels)
+        x = self.final_norm(x)
+        if labels is None:
+            return head(x, F.linear)[..., : self.vocab_size]
+        return head(x, partial(head_losses, labels=labels, vocab_size=self.vocab_size))
 
-    def _through(self, block: nn.Module, x: Tensor, position_ids: Tensor, documents: Documents) -> Tensor:
+    def _through(self, block: nn.Module, x: Tensor, context: Context) -> Tensor:
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return block(x, position_ids, documents)
+            return block(x, context)
         # Nothing in a block is random, so there is no generator's state to keep.
-        return checkpoint(block, x, position_ids, documents, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
 
     @cached_property
     def parameter_count(self) -> int:
@@ -179,37 +214,39 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); or both added to the same x."""
 
     def __init__(self, config: DecoderConfig, position: Position, kernel: Kernel) -> None:
         super().__init__()
+        self.parallel = config.residual != "sequential"
         self.attention_norm = build_norm(config.norm, config.d_model, config.norm_eps)
         self.attention = Attention(
             config.d_model,
             config.n_heads,
             config.n_kv_heads,
             config.d_head,
-            rotate=position.rotate,
-            slopes=position.slopes,
+            position=position,
             kernel=kernel,
+            qkv_bias=config.bias != "none",
+            out_bias=config.bias == "all",
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
         )
-        self.feed_forward_norm = build_norm(config.norm, config.d_model, config.norm_eps)
-        self.feed_forward = build_feed_forward(config.feed_forward, config.d_model, config.d_ff)
+        self.feed_forward_norm = None
+        if config.residual != "parallel_one_norm":
+            self.feed_forward_norm = build_norm(config.norm, config.d_model, config.norm_eps)
+        self.feed_forward = build_feed_forward(
+            config.feed_forward, config.d_model, config.d_ff, config.bias == "all"
+        )
 
-    def forward(self, x: Tensor, position_ids: Tensor, documents: Documents) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d_model] -> the same."""
-        x = x + self.attention(self.attention_norm(x), position_ids, documents)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        normed = self.attention_norm(x)
+        attended = x + self.attention(normed, context)
+        if self.feed_forward_norm is not None:
+            normed = self.feed_forward_norm(x if self.parallel else attended)
+        return attended + self.feed_forward(normed)
 
 
 def padded(vocab_size: int) -> int:
     """Rows that a vocabulary's table holds."""
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B, T, V] and int [B, T] -> [B]: each row's NLLs summed over its targets, in fp32 or better."""
-    losses = F.cross_entropy(
-        full_precision(logits).flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view(labels.shape).sum(dim=1)

@@ -46,7 +46,14 @@ IN_BLOCK = {
 }
 VOCABULARY = ("embedding.weight", "head.weight")
 
-LLAMA = {"norm": "rmsnorm", "feed_forward": "swiglu"}
+LLAMA: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "embedding_norm": False,
+    "qk_norm": False,
+    "residual": "sequential",
+    "bias": "none",
+    "feed_forward": "swiglu",
+}
 """The choices of a DecoderConfig that Llama has made."""
 
 LLAMA_KEYS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}

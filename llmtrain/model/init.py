@@ -9,7 +9,7 @@
     blocks.*.attention.out.weight                   N(0, 0.02 / sqrt(2 n_layers))
     blocks.*.feed_forward.down.weight               N(0, 0.02 / sqrt(2 n_layers))
     *norm.weight                                    1
-    *norm.bias                                      0
+    *.bias                                          0
 
 The standard deviations are GPT-2's (Radford et al. 2019, section 2.3): the 2 n_layers projections that add
 to the residual stream are scaled down so that its variance does not grow with depth. Rows of padding get
@@ -67,7 +67,7 @@ def initial_value(name: str, shape: torch.Size, seed: int, n_layers: int) -> Ten
     value = torch.empty(shape, dtype=torch.float32, device="cpu")
     if name.endswith("norm.weight"):
         return value.fill_(1)
-    if name.endswith("norm.bias"):
+    if name.endswith(".bias"):
         return value.fill_(0)
     std = STD / math.sqrt(2 * n_layers) if name.endswith(RESIDUAL) else STD
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()

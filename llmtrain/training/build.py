@@ -24,6 +24,7 @@ from llmtrain.optim.schedules import Schedule
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llmtrain.training.callbacks import Callback
 from llmtrain.training.callbacks.evaluation import EvaluationCallback
+from llmtrain.training.callbacks.prediction import PredictionCallback
 from llmtrain.training.callbacks.samples import SampleCallback
 from llmtrain.training.checkpoint import check_record, checkpoints, find_checkpoint, read_record
 from llmtrain.training.config import TrainConfig
@@ -168,7 +169,11 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
         step=step,
         waits=any(distributed.gather_objects(prepared.is_remote or not prepared.complete)),
         schedule=config.scheduler.build(config.max_steps),
-        callbacks=[EvaluationCallback(config.callbacks.evaluation), SampleCallback(config.callbacks.sample)],
+        callbacks=[
+            PredictionCallback(config, world, tokenizer.vocab_size, precision),
+            EvaluationCallback(config.callbacks.evaluation),
+            SampleCallback(config.callbacks.sample),
+        ],
     )
 
 

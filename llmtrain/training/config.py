@@ -24,6 +24,7 @@ from llmtrain.training.callbacks.samples import SampleConfig
 from llmtrain.training.checkpoint import CheckpointConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, Precision
 from llmtrain.training.loggers import LoggerConfig
+from llmtrain.training.sizing.hardware import HardwareConfig
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -56,6 +57,7 @@ class TrainConfig(Config):
     optimizer: choice(OptimizerConfig, AdamWConfig)  # type: ignore[valid-type]
     scheduler: choice(SchedulerConfig, CosineConfig, LinearConfig, ConstantConfig, WsdConfig)  # type: ignore[valid-type]
     deepspeed: DeepSpeedConfig
+    hardware: HardwareConfig
     checkpoint: CheckpointConfig
     callbacks: CallbacksConfig
     logger: LoggerConfig

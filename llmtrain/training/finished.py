@@ -138,7 +138,7 @@ class LocalModel:
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum of the target losses of each row [rows]."""
         batch = batch.to(self.device)
-        return self.model(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)
+        return self.model(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens).rows
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:

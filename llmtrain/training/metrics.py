@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from llmtrain.training.build import Run
 from llmtrain.training.engine.engine import StepResult
-
-PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
-"""Dense bf16 FLOP/s by a part of the device's name (vendor data sheets, SXM boards)."""
+from llmtrain.training.sizing.hardware import device_name
 
 
 def step_metrics(run: Run, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
@@ -41,19 +37,11 @@ def step_metrics(run: Run, result: StepResult, lr: float, seconds: float) -> dic
 
 def model_flops_utilisation(run: Run, tokens_per_second: float) -> float | None:
     """Model FLOPs against the devices' dense bf16 peak; None where the peak is not known."""
-    peak = peak_flops(run.engine.device)
+    peak = run.config.hardware.resolve(device_name(run.engine.device)).peak_flops
     if peak is None:
         return None
     flops = run.engine.model.flops_per_token(run.config.seq_len)
     return flops * tokens_per_second / (peak * run.world.world_size)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s, or None where it is not known (a CPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def write_ledger(run: Run) -> None:

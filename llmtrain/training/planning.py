@@ -23,10 +23,12 @@ from llmtrain.data.plan import (
 from llmtrain.data.plan_page import plan_page
 from llmtrain.data.prepare import build_tokenizer, check_inputs, prepared_tokens
 from llmtrain.data.sizes import needs_tokenizer, source_sizes
-from llmtrain.tokenizer import Tokenizer, TokenizerConfig
+from llmtrain.tokenizer import SentencePieceConfig, Tokenizer, TokenizerConfig
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.loggers import short
 from llmtrain.training.run_directory import RunDirectory, write_atomically
+from llmtrain.training.sizing.choose import Sizing, size
+from llmtrain.training.sizing.hardware import device_name
 
 
 class PlanConfig(TrainConfig):
@@ -38,6 +40,10 @@ class PlanConfig(TrainConfig):
     """weights=temperature: a weight is the source's size to the power 1 / temperature."""
     max_epochs: Annotated[float, Field(gt=0)]
     """weights=unimax: no source is passed over more often."""
+    gpus: Annotated[int, Field(gt=0)] | None
+    """Devices to train on; null: those of one node of `hardware`, or 1."""
+    headroom_gib: Annotated[float, Field(ge=0)]
+    """Left free on each: CUDA's context, NCCL's buffers, what fragments."""
     format: Literal["table", "json"]
     """What goes to stdout."""
 
@@ -80,20 +86,35 @@ def _helper(kind: Kind, config: PlanConfig, sizes: dict[str, Size]) -> dict[str,
     return helper_weights(kind, sizes, budget, temperature=config.temperature, max_epochs=config.max_epochs)
 
 
-def plan_json(config: PlanConfig, plan: Plan) -> dict[str, Any]:
-    """The content of plan.json; llmtrain/data/plan.py says what is in it."""
+def size_of(config: PlanConfig) -> Sizing:
+    """Parameters, memory and time on the hardware that `config` names, or on that of this machine."""
+    hardware = config.hardware.resolve(device_name())
+    ranks = config.gpus or hardware.gpus_per_node or 1
+    return size(config, _vocab_size(config.tokenizer), ranks, hardware, config.headroom_gib)
+
+
+def _vocab_size(tokenizer: TokenizerConfig) -> int:
+    if isinstance(tokenizer, SentencePieceConfig) and tokenizer.path is None:
+        return tokenizer.vocab_size  # of the one that would be trained
+    return tokenizer.load().vocab_size
+
+
+def plan_json(config: PlanConfig, plan: Plan, sizing: Sizing) -> dict[str, Any]:
+    """The content of plan.json: llmtrain/data/plan.py and llmtrain/training/sizing/ say what is in it."""
     keys = {
         "name", "seed", "seq_len", "global_batch_size", "max_steps", "tokenizer", "data",
-        "weights", "temperature", "max_epochs",
+        "weights", "temperature", "max_epochs", "model", "deepspeed", "precision", "micro_batch_size",
+        "activation_checkpointing",
     }  # fmt: skip
     said = redact(config.model_dump(mode="json", include=keys))
-    return {"llmtrain": __version__, **plan.as_dict(), "config": said}
+    costs = sizing.as_dict(run_length(config).tokens)
+    return {"llmtrain": __version__, **plan.as_dict(), "sizing": costs, "config": said}
 
 
-def write_plan(config: PlanConfig, plan: Plan, sizes: dict[str, Size]) -> tuple[Path, Path]:
+def write_plan(config: PlanConfig, plan: Plan, sizes: dict[str, Size], sizing: Sizing) -> tuple[Path, Path]:
     """Write plan.json and the page into the run directory: plan.html beside the report of a run."""
     directory = RunDirectory(config.output_dir)
-    file = directory.write_json("plan.json", plan_json(config, plan))
+    file = directory.write_json("plan.json", plan_json(config, plan, sizing))
     page = directory.path / "plan.html" if directory.metrics.exists() else directory.report
     presets = {}
     if all(size.tokens for size in sizes.values()):

@@ -14,8 +14,8 @@ VOCAB = 300  # not a multiple of 128: the tables have 84 rows of padding
 SEQ_LEN = 24
 POSITIONS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},
-    "rope": {"kind": "rope", "theta": 100.0},
-    "alibi": {"kind": "alibi"},
+    "rope": {"kind": "rope", "theta": 100.0, "layout": "half", "scaling": None},
+    "alibi": {"kind": "alibi", "scaled": False},
     "learned": {"kind": "learned"},
 }
 KV_HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
@@ -35,6 +35,10 @@ def config(**changes: Any) -> DecoderConfig:
         "d_ff": 48,
         "norm": "rmsnorm",
         "norm_eps": 1e-5,
+        "embedding_norm": False,
+        "qk_norm": False,
+        "residual": "sequential",
+        "bias": "none",
         "feed_forward": "swiglu",
         "tie_embeddings": True,
         "position": POSITIONS["rope"],
@@ -50,7 +54,7 @@ def decoder(sharp: bool = True, vocab_size: int = VOCAB, seed: int = 0, **change
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "norm." in name:
+                if "norm." in name or name.endswith("bias"):
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
                 else:
                     parameter.mul_(10)

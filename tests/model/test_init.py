@@ -79,7 +79,7 @@ def test_the_first_loss_is_about_ln_vocab(position: str, tied: bool) -> None:
         position=POSITIONS[position],
     )  # fmt: skip
     ids = torch.randint(0, 4096, (16, 25), generator=torch.Generator().manual_seed(0))
-    loss = model(ids[:, :-1], ids[:, 1:]).sum() / (16 * 24)
+    loss = model(ids[:, :-1], ids[:, 1:]).total / (16 * 24)
     assert loss.item() == pytest.approx(math.log(4096), abs=0.1)
 
 
@@ -87,7 +87,7 @@ def test_rows_of_padding_stay_zero() -> None:
     model = decoder(sharp=False, tie_embeddings=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(3):
-        model(tokens(), tokens(seed=3)).sum().backward()
+        model(tokens(), tokens(seed=3)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
     for table in (model.embedding.weight, model.head.weight):

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrain.model import kernels
 from llmtrain.model.documents import Documents
 from llmtrain.model.feed_forward import build_feed_forward
+from llmtrain.model.kernels import AttentionConfig, eager, sdpa
+from llmtrain.model.kernels.base import repeat_heads
 from llmtrain.model.norm import build_norm
-from tests.model.small import PACKED, SEQ_LEN, decoder, packed_batch, relative_error
+from tests.model.small import PACKED, POSITIONS, SEQ_LEN, decoder, packed_batch, relative_error
 
 CPU = torch.device("cpu")
 
@@ -50,12 +51,12 @@ def test_swiglu_and_gelu_are_their_formulas() -> None:
 
 
 def test_auto_says_what_it_took_and_why(caplog: pytest.LogCaptureFixture) -> None:
-    config = kernels.AttentionConfig
+    config = AttentionConfig
     with caplog.at_level(logging.INFO, "llmtrain"):
-        assert config(backend="auto").kernel() is kernels.sdpa
+        assert config(backend="auto").kernel() is sdpa.KERNEL
     assert "backend=auto: sdpa (" in caplog.text
-    assert config(backend="sdpa").kernel() is kernels.sdpa
-    assert config(backend="eager").kernel() is kernels.eager
+    assert config(backend="sdpa").kernel() is sdpa.KERNEL
+    assert config(backend="eager").kernel() is eager.KERNEL
 
 
 def recorded_masks(monkeypatch: pytest.MonkeyPatch, position: str, packed: bool) -> list[Tensor | None]:
@@ -69,10 +70,11 @@ def recorded_masks(monkeypatch: pytest.MonkeyPatch, position: str, packed: bool)
         return fused(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    kind = {"kind": "rope", "theta": 100.0} if position == "rope" else {"kind": "alibi"}
     batch = packed_batch()
     starts = batch["cu_seqlens"] if packed else torch.tensor([0, SEQ_LEN, 2 * SEQ_LEN])
-    decoder(n_layers=3, position=kind, attention={"backend": "sdpa"})(batch["input_ids"], cu_seqlens=starts)
+    decoder(n_layers=3, position=POSITIONS[position], attention={"backend": "sdpa"})(
+        batch["input_ids"], cu_seqlens=starts
+    )
     return masks
 
 
@@ -120,13 +122,13 @@ def test_the_softmax_of_eager_is_fp32_for_bf16_heads() -> None:
                 seen.append(args[0].dtype)
             return function(*args, **(kwargs or {}))
 
-    q = torch.randn(1, 2, 5, 4).bfloat16()
+    q = torch.randn(1, 5, 2, 4).bfloat16()
     with Watch():
-        out = kernels.eager(q, q, q, None, Documents(1, 5, None, CPU))
+        out = eager.attend(q, q, q, eager.prepare(Documents(1, 5, None, CPU), None, q.dtype))
     assert (seen, out.dtype) == ([torch.float32], torch.bfloat16)
 
 
 def test_repeated_heads_are_grouped_heads() -> None:
-    k = torch.randn(2, 2, 3, 4)
-    repeated, _ = kernels.repeat_heads(k, k, 6)
-    assert [torch.equal(repeated[:, h], k[:, h // 3]) for h in range(6)] == [True] * 6
+    k = torch.randn(2, 3, 2, 4)
+    repeated, _ = repeat_heads(k, k, 6)
+    assert [torch.equal(repeated[:, :, h], k[:, :, h // 3]) for h in range(6)] == [True] * 6

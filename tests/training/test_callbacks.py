@@ -37,7 +37,7 @@ class Plain:
     @torch.no_grad()
     def loss(self, batch: Batch) -> torch.Tensor:
         self.calls += 1
-        return self.model(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)
+        return self.model(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens).rows
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:

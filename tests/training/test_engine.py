@@ -30,19 +30,6 @@ def batch(rows: int, length: int, sources=None) -> Batch:
     )
 
 
-def test_zero_settings_reach_deepspeed(tiny):
-    for overrides, expected in [
-        ([], (200_000_000, 200_000_000, True)),
-        (["deepspeed.zero_optimization.reduce_bucket_size=1000"], (1000, 200_000_000, True)),
-        (["deepspeed.zero_optimization.allgather_bucket_size=2000"], (200_000_000, 2000, True)),
-        (["deepspeed.zero_optimization.overlap_comm=false"], (200_000_000, 200_000_000, False)),
-    ]:
-        _, engine = build([*tiny, "deepspeed=zero2", *overrides])
-        zero = engine.deepspeed._config.zero_config
-        assert (int(zero.reduce_bucket_size), int(zero.allgather_bucket_size), zero.overlap_comm) == expected
-        engine.close()
-
-
 def test_activation_checkpointing_keeps_fewer_tensors(tiny):
     kept = {}
     for setting in ("false", "true"):
@@ -83,8 +70,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny
         _, engine = build([*tiny, f"deepspeed=zero{stage}"], precision)
         data = batch(8, 64)
         assert engine.train_step(data, lr=1e-3).applied
-        head = next(module for module in engine.model.modules() if hasattr(module, "weight"))
-        handle = head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        handle = engine.model.final_norm.register_forward_hook(
+            lambda module, inputs, output: output * float("nan")
+        )
         before = [engine.loss(part) for part in data.split(2)] and weights(engine)
         result = engine.train_step(data, lr=1e-3)
         assert not result.applied, stage

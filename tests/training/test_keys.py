@@ -20,6 +20,7 @@ from llmtrain.config import UserError
 from llmtrain.config.hydra import compose
 from llmtrain.data.prepare import SMALL
 from llmtrain.training.config import TrainConfig
+from llmtrain.training.engine.config import OffloadConfig, ZeroConfig
 from tests.ranks import Job
 
 SHORT = [
@@ -197,6 +198,8 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
 }
 
 ENGINE = "tests/training/test_engine.py"
+SIZING = "tests/training/test_sizing.py"
+DEEPSPEED = "tests/training/test_deepspeed_config.py"
 ELSEWHERE: dict[str, str] = {
     # key: the test that shows its effect
     "output_dir": "tests/training/test_resume.py::test_a_resumed_run_is_bit_equal",
@@ -207,9 +210,33 @@ ELSEWHERE: dict[str, str] = {
     "tokenizer.path": "tests/training/test_keys.py::test_tokenizer_path_brings_a_tokenizer_along",
     "resume": "tests/training/test_resume.py::test_resume_never_sets_the_older_run_aside",
     "activation_checkpointing": f"{ENGINE}::test_activation_checkpointing_keeps_fewer_tensors",
-    "deepspeed.zero_optimization.reduce_bucket_size": f"{ENGINE}::test_zero_settings_reach_deepspeed",
-    "deepspeed.zero_optimization.allgather_bucket_size": f"{ENGINE}::test_zero_settings_reach_deepspeed",
-    "deepspeed.zero_optimization.overlap_comm": f"{ENGINE}::test_zero_settings_reach_deepspeed",
+    **{
+        f"hardware.{key}": f"{SIZING}::test_{test}"
+        for test, names in {
+            "auto_is_the_device_that_is_found": ("name", "devices", "bf16_tflops"),
+            "the_largest_micro_batch_that_fits_is_the_largest": ("memory_gib",),
+            "every_rate_changes_the_time": (
+                "gpus_per_node",
+                "matmul_tflops",
+                "memory_gbps",
+                "link_gbps",
+                "network_gbps",
+                "host_gbps",
+            ),
+        }.items()
+        for key in names
+    },
+    "deepspeed.disable_python_gc": f"{DEEPSPEED}::test_python_s_garbage_collector_stays_off_until_a_save",
+    **{
+        f"deepspeed.zero_optimization.{key}": f"{DEEPSPEED}::test_every_key_reaches_deepspeed"
+        for key in ZeroConfig.model_fields
+        if key != "stage" and not key.startswith("offload")
+    },
+    **{
+        f"deepspeed.zero_optimization.{part}.{key}": f"{DEEPSPEED}::test_offload_trains_the_same"
+        for part in ("offload_optimizer", "offload_param")
+        for key in OffloadConfig.model_fields
+    },
 }
 
 JSONL = "+data.sources.prose.format=jsonl"

@@ -1,4 +1,4 @@
-"""What happens beside the training: evaluation and samples; one behaviour a file."""
+"""What happens beside the training: evaluation, samples and predictions; one behaviour a file."""
 
 from llmtrain.training.callbacks.base import Callback, Engine, Run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from llmtrain.config import Config
 
@@ -27,18 +27,57 @@ OWNERS = {
 """DeepSpeed's names of numbers that llmtrain owns elsewhere: one owner per number."""
 
 
+Elements = Annotated[int, Field(ge=0)]
+Bucket = Annotated[int, Field(gt=0, multiple_of=2)]  # DeepSpeed keeps flat buffers at 4 bytes of bf16
+
+
+class OffloadConfig(Config):
+    """Where a part of the state waits while it is not needed."""
+
+    device: Literal["none", "cpu"]
+    pin_memory: bool
+
+
 class ZeroConfig(Config):
     """DeepSpeed's `zero_optimization` section (Rajbhandari et al. 2020), as far as it is ours to set."""
 
     stage: Literal[0, 1, 2, 3]
-    reduce_bucket_size: Annotated[int, Field(gt=0)]
-    allgather_bucket_size: Annotated[int, Field(gt=0)]
+    contiguous_gradients: bool
+    reduce_scatter: bool
+    reduce_bucket_size: Bucket
+    allgather_bucket_size: Bucket
     overlap_comm: bool
+    round_robin_gradients: bool
+    parameter_alignment: bool
+    stage3_prefetch_bucket_size: Elements
+    stage3_param_persistence_threshold: Elements
+    stage3_max_live_parameters: Elements
+    stage3_max_reuse_distance: Elements
+    stage3_module_granularity_threshold: Elements
+    offload_optimizer: OffloadConfig
+    offload_param: OffloadConfig
+
+    @field_validator("offload_optimizer", "offload_param")
+    @classmethod
+    def _has_such_parts(cls, value: OffloadConfig, info: ValidationInfo) -> OffloadConfig:
+        lowest = {"offload_optimizer": 2, "offload_param": 3}[str(info.field_name)]
+        if value.device != "none" and info.data.get("stage", lowest) < lowest:
+            raise ValueError(f"needs ZeRO stage {lowest}: deepspeed=zero{lowest}_offload")
+        return value
+
+    def settings(self) -> dict[str, Any]:
+        """The section as DeepSpeed reads it: what is not offloaded has no section of its own there."""
+        section = self.model_dump()
+        for part in ("offload_optimizer", "offload_param"):
+            if section[part]["device"] == "none":
+                del section[part]
+        return section
 
 
 class DeepSpeedConfig(Config):
     """The `deepspeed` group. Keys that have their owner elsewhere in the config are refused by name."""
 
+    disable_python_gc: bool
     zero_optimization: ZeroConfig
 
     @model_validator(mode="before")
@@ -78,7 +117,10 @@ class DeepSpeedConfig(Config):
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clipping if self.stage else 0.0,
-            "zero_optimization": self.zero_optimization.model_dump(),
+            "zero_optimization": self.zero_optimization.settings(),
+            # Torch's fused AdamW steps on a CPU as well; DeepSpeed's own would be compiled at first use.
+            "zero_force_ds_cpu_optimizer": False,
+            "disable_python_gc": self.disable_python_gc,
             "timers": {"throughput": {"enabled": False, "synchronized": False}},
             "steps_per_print": 10**9,
         }

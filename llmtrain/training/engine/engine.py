@@ -13,7 +13,7 @@ import torch
 from llmtrain import distributed
 from llmtrain.data.batch import IGNORED, Batch
 from llmtrain.distributed import World
-from llmtrain.model import Decoder
+from llmtrain.model import Decoder, Losses
 from llmtrain.model.init import Gather
 from llmtrain.optim.adamw import OptimizerConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
@@ -122,9 +122,9 @@ class Engine:
         scale = self._ranks / total[0].clamp(min=1)
         losses = []
         for part in parts:
-            rows = self._forward(part)
-            self.deepspeed.backward(rows.sum() * scale, scale_wrt_gas=False)
-            losses.append(rows.detach())
+            loss = self._forward(part)
+            self.deepspeed.backward(loss.total * scale, scale_wrt_gas=False)
+            losses.append(loss.rows)
             if self.deepspeed.is_gradient_accumulation_boundary():
                 grad_norm, applied = self._update(lr)
             else:
@@ -136,7 +136,7 @@ class Engine:
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum of the target losses of each row [rows], without gradient and without any change of state."""
         self.deepspeed.eval()
-        return self._forward(batch.to(self.device))
+        return self._forward(batch.to(self.device)).rows
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -159,6 +159,7 @@ class Engine:
 
         writer.save = save
         self.deepspeed.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        self.deepspeed.collect_python_gc()  # `deepspeed.disable_python_gc` leaves cycles to this moment
         if errors:
             raise errors[0]
 
@@ -179,7 +180,7 @@ class Engine:
         """Free what DeepSpeed holds; the engine is of no use afterwards."""
         self.deepspeed.destroy()
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: Batch) -> Losses:
         return self.deepspeed(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)
 
     def _update(self, lr: float) -> tuple[float, bool]:

@@ -1,0 +1,140 @@
+"""Build real engines on the ranks of this job, walk their tensors, and write what was found beside the model.
+
+python -m tests.training.walk <file> [case ...]        rank 0 writes it: a list of what was found
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain import distributed
+from llmtrain.config.hydra import compose
+from llmtrain.data.batch import IGNORED, Batch
+from llmtrain.distributed import World
+from llmtrain.training.build import build_model_engine
+from llmtrain.training.config import TrainConfig
+from llmtrain.training.sizing.memory import Layout, checkpoint_bytes, memory, state
+from llmtrain.training.sizing.model import Model
+
+SCALAR = 64
+"""Bytes below which a tensor is a counter or a flag."""
+
+SHAPE = [
+    "tokenizer=bytes",
+    "model.d_model=60",  # no power of two: padding shows
+    "model.n_layers=2",
+    "model.n_heads=3",
+    "model.n_kv_heads=1",
+    "model.head_dim=18",
+    "model.d_ff=77",
+    "model.norm=layernorm",
+    "model.bias=all",
+    "model/position=none",  # no table of angles beside the parameters
+    "seq_len=16",
+    "global_batch_size=8",
+    "micro_batch_size=2",
+    "deepspeed.zero_optimization.reduce_bucket_size=5000",
+    "deepspeed.zero_optimization.stage3_param_persistence_threshold=100",
+]
+CASES = [
+    *((f"zero{stage}", precision) for stage in range(4) for precision in ("fp32", "bf16_autocast")),
+    *((f"zero{stage}", "bf16") for stage in (1, 2, 3)),
+    ("zero2_offload", "bf16"),
+    ("zero3_offload", "bf16"),
+]
+VOCABULARY = 258
+
+
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Every tensor's storage that lives, by address; counters and flags are left out."""
+    gc.collect()
+    found: dict[int, torch.UntypedStorage] = {}
+    for item in gc.get_objects():
+        if not issubclass(type(item), torch.Tensor) or item.device.type == "meta":
+            continue
+        for tensor in (item, item.grad if item.is_leaf else None):
+            if tensor is not None and tensor.untyped_storage().nbytes() >= SCALAR:
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    return found
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages of tensors."""
+    kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(bytes for bytes in kept.values() if bytes >= SCALAR)
+
+
+def walk(world: World, directory: Path, cases: list[str]) -> Iterator[dict[str, Any]]:
+    """For every case: bytes found between the steps and between two micro-batches, and of a checkpoint."""
+    data = batch(8 // world.world_size, 16)
+    for option, precision in CASES:
+        case = f"{option} {precision}"
+        if cases and case not in cases:
+            continue
+        config = compose(TrainConfig, [*SHAPE, f"deepspeed={option}"])
+        before = storages()  # held, so that no address is given away again
+
+        def found(before: dict[int, torch.UntypedStorage] = before) -> int:
+            return sum(kept.nbytes() for address, kept in storages().items() if address not in before)
+
+        engine = build_model_engine(config, world, VOCABULARY, 1, precision)
+        engine.train_step(data, lr=1e-3)
+        between_steps = found()
+        parameters = list(engine.model.parameters())
+        optimizer = getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
+        states = [value for values in optimizer.state.values() for value in values.values()]
+        parts = {
+            "weights": size([*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))]),
+            "optimizer": size(value for value in states if isinstance(value, torch.Tensor)),
+        }
+        engine.deepspeed.train()
+        engine.deepspeed.backward(engine._forward(data.split(2)[0]).total, scale_wrt_gas=False)
+        gradients = found() - between_steps
+        engine.save(directory / option / precision)
+        engine.close()
+        del engine, optimizer, parameters, states
+        model, layout = Model.of(config, VOCABULARY), Layout.of(config, world.world_size, precision)
+        kept, needed = state(model, layout), memory(model, layout)
+        files = (directory / option / precision).rglob("*.pt")
+        yield {
+            "case": case,
+            "found": {**parts, "total": between_steps},
+            "state": {"weights": kept.weights, "optimizer": kept.optimizer, "total": kept.total},
+            "gradients": gradients,
+            "predicted_gradients": needed.gradients,
+            "checkpoint": sum(file.stat().st_size for file in files),
+            "predicted_checkpoint": checkpoint_bytes(model, layout),
+        }
+
+
+def batch(rows: int, length: int) -> Batch:
+    """Random rows."""
+    ids = torch.randint(0, VOCABULARY, (rows, length + 1), dtype=torch.int32)
+    assert IGNORED not in ids
+    return Batch(
+        input_ids=ids[:, :-1].contiguous(),
+        labels=ids[:, 1:].contiguous(),
+        position_ids=torch.arange(length, dtype=torch.int32).repeat(rows, 1),
+        cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * length,
+        source_ids=torch.zeros(rows, dtype=torch.int32),
+    )
+
+
+def main(file: Path, cases: list[str]) -> None:
+    world = World.from_environment()
+    distributed.initialize(world)
+    found = list(walk(world, file.parent / "checkpoints", cases))
+    if world.is_main:
+        file.write_text(json.dumps(found))
+    distributed.finalize()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
