@@ -780,7 +780,7 @@ def test_the_door_may_be_killed_again_and_again(tmp_path: Path) -> None:
     _, said = last.communicate(timeout=60)
     assert last.returncode == 0 == undisturbed.wait(timeout=60), said
     assert content(tmp_path / "cache/shards") == content(tmp_path / "undisturbed/shards") != {}
-    assert not [path for path in tmp_path.glob("cache/**/.*tmp*")]
+    assert not list(tmp_path.glob("cache/**/.*tmp*"))
 
 
 @pytest.mark.parametrize(
