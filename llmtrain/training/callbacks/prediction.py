@@ -52,12 +52,15 @@ class PredictionCallback:
                 "no perf/mfu and no prediction; name one of conf/hardware, or set hardware.bf16_tflops"
             )
 
-    def is_due(self, run: Run) -> bool:
+    def is_due(self, run: Run, step: int) -> bool:
         """Also looks at the clock when the steps that count begin."""
-        steps = run.step - self._first
-        if steps == WARM_UP:
+        steps = step - self._first
+        if steps == WARM_UP + 1:
             self._warm = time.perf_counter()
         return steps == STEPS
+
+    def load(self, run: Run, step: int) -> None:
+        """It reads no text."""
 
     def after_step(self, run: Run, line: dict[str, Any]) -> None:
         seconds = (time.perf_counter() - self._warm) / (STEPS - WARM_UP)
