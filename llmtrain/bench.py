@@ -1,4 +1,4 @@
-"""Measure llmtrain beside its peers: llmtrain bench data."""
+"""Measure llmtrain beside its peers: llmtrain bench data, llmtrain bench step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,21 @@ def data(a: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if a.output is not None:
-        a.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _write(a.output, report)
+
+
+def step(a: argparse.Namespace) -> None:
+    """Processor time a step of the trainer beside DeepSpeed's own loop, on 171 tiny parameters."""
+    from llmtrain.benchmarks.step import TENSORS, compare_steps, steps_table
+
+    results = compare_steps(a.directory, a.turns, a.stages)
+    _say(f"\n{TENSORS} parameters, processor time\n\n{steps_table(results)}\n")
+    if a.output is not None:
+        _write(a.output, {"turns": a.turns, "stages": results})
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _say(text: str) -> None:
@@ -67,6 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--smaller", type=int, default=1, help="read so many times less (default: 1)")
     one.add_argument("--directory", type=Path, help="where its files are made and removed (default: TMPDIR)")
     one.set_defaults(run=data)
+    one = benchmarks.add_parser("step", help="the trainer beside DeepSpeed alone", description=step.__doc__)
+    one.add_argument("--turns", type=int, default=30, help="of ten steps; medians are reported (default: 30)")
+    one.add_argument("--stages", nargs="+", type=int, choices=range(4), default=range(4), help="of ZeRO")
+    one.add_argument("--output", type=Path, help="a JSON file with every number")
+    one.add_argument("--directory", type=Path, help="where its files are made and removed (default: TMPDIR)")
+    one.set_defaults(run=step)
     a = parser.parse_args(argv)
     return plain_door(lambda: a.run(a))
 

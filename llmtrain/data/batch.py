@@ -43,6 +43,11 @@ class Batch:
         """The same batch in page-locked memory, from where a GPU copies by itself."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Freed, this memory goes to nobody before `stream` has done what it was given until then."""
+        for field in fields(self):
+            getattr(self, field.name).record_stream(stream)
+
     def split(self, micro_batch_size: int) -> list[Batch]:
         """Consecutive batches of `micro_batch_size` rows (the last may have fewer) that share this memory.
 

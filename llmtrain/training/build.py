@@ -27,6 +27,7 @@ from llmtrain.training.callbacks.evaluation import EvaluationCallback
 from llmtrain.training.callbacks.prediction import PredictionCallback
 from llmtrain.training.callbacks.samples import SampleCallback
 from llmtrain.training.checkpoint import check_record, checkpoints, find_checkpoint, read_record
+from llmtrain.training.clock import StepClock
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.config import ResolvedPrecision
 from llmtrain.training.engine.engine import Engine, build_engine
@@ -57,6 +58,7 @@ class Run:
     checkpoint: Path | None
     """What the run goes on from."""
     stop: StopRequest
+    clock: StepClock
     step: int = 0
     skipped: int = 0
     """Steps in a row that were not applied."""
@@ -166,6 +168,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
         prepared=prepared,
         checkpoint=checkpoint,
         stop=stop,
+        clock=StepClock(engine.device, step),
         step=step,
         waits=any(distributed.gather_objects(prepared.is_remote or not prepared.complete)),
         schedule=config.scheduler.build(config.max_steps),

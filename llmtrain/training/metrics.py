@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llmtrain.training.build import Run
-from llmtrain.training.engine.engine import StepResult
+from llmtrain.training.engine.transfer import StepResult
 from llmtrain.training.sizing.hardware import device_name
 
 
-def step_metrics(run: Run, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
-    """The keys of `run.step`'s line; a source without a trained target in this step has the loss NaN."""
+def step_metrics(run: Run, step: int, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+    """The keys of a step's line; a source without a trained target in this step has the loss NaN."""
     config = run.config
     tokens = config.global_batch_size * config.seq_len
-    losses, targets = result.source_losses.cpu(), result.source_targets.cpu()
+    losses, targets = result.source_losses.tolist(), result.source_targets.tolist()
     line: dict[str, Any] = {
-        "step": run.step,
-        "train/loss": (losses.sum() / targets.sum()).item(),
+        "step": step,
+        "train/loss": _mean(sum(losses), sum(targets)),
         "train/grad_norm": result.grad_norm,
         "train/lr": lr,
-        "train/tokens": run.step * tokens,
+        "train/tokens": step * tokens,
     }
-    for name, mean in zip(run.dataset.names, (losses / targets).tolist(), strict=True):
-        line[f"train/loss/{name}"] = mean
-    for name, row in run.dataset.ledger(run.step).items():  # sources of earlier mixtures included
+    for name, loss, count in zip(run.dataset.names, losses, targets, strict=True):
+        line[f"train/loss/{name}"] = _mean(loss, count)
+    for name, row in run.dataset.ledger(step).items():  # sources of earlier mixtures included
         line[f"data/tokens/{name}"] = row["tokens"]
         if run.config.data.packing == "best_fit":
             line[f"data/padding/{name}"] = row["padding"]
@@ -33,6 +34,10 @@ def step_metrics(run: Run, result: StepResult, lr: float, seconds: float) -> dic
     line["perf/step_seconds"] = seconds
     line["perf/mfu"] = model_flops_utilisation(run, tokens / seconds)
     return line
+
+
+def _mean(loss: float, targets: float) -> float:
+    return loss / targets if targets else math.nan
 
 
 def model_flops_utilisation(run: Run, tokens_per_second: float) -> float | None:

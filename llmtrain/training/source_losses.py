@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from llmtrain.training.engine.engine import StepResult
+from llmtrain.training.engine.transfer import StepResult
 
 
 class SourceLosses:
-    """The mean training loss of each source since the last ledger; adding waits for no device."""
+    """The mean training loss of each source since the last ledger."""
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None

@@ -7,17 +7,19 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from llmtrain import distributed
 from llmtrain.config import ExitCode, UserError
+from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import Batches
 from llmtrain.training.build import Run, describe_run
 from llmtrain.training.callbacks import Callback
 from llmtrain.training.checkpoint import load_checkpoint, save_checkpoint, sweep
-from llmtrain.training.engine.engine import StepResult
+from llmtrain.training.engine.transfer import PendingStep
 from llmtrain.training.metrics import step_metrics, write_ledger
 from llmtrain.training.report import write_report
 
@@ -31,6 +33,15 @@ DATA_POLL = 0.2
 
 REPORT_SECONDS = 60.0
 """A report is written with a checkpoint at most this often: it reads all the metrics so far."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device was given."""
+
+    step: int
+    lr: float
+    pending: PendingStep
 
 
 def fit(run: Run) -> None:
@@ -47,27 +58,55 @@ def fit(run: Run) -> None:
 
 
 def _loop(run: Run, batches: Batches) -> None:
-    """A step's line is logged before its checkpoint is saved: a kill between them only logs it again."""
+    """The result of a step is read while the next one is computed; where something is due after it, at once.
+
+    A step's line is logged before its checkpoint is saved: a kill between them only logs it again.
+    """
+    every = run.config.checkpoint.every
+    late: Launched | None = None
+    run.clock.restart(run.step)
     while not (run.finished or run.stop.agreed):
         due = [callback for callback in run.callbacks if callback.is_due(run, run.step + 1)]
         if not _load(run, batches, due):
             return
-        began = time.perf_counter()
-        lr = run.config.optimizer.lr * run.schedule(run.step + 1)
-        result = run.engine.train_step(next(batches), lr, stop=run.stop.requested)
-        run.step += 1
-        run.skipped = 0 if result.applied else run.skipped + 1
-        run.stop.agreed = result.stop
-        run.losses.add(result)
-        if due or run.finished or run.skipped or result.stop or run.step % run.config.log_every == 0:
-            line = step_metrics(run, result, lr, time.perf_counter() - began)
-            for callback in due:
-                callback.after_step(run, line)
-            _log(run, line)
-        if run.skipped:
-            _leave_out(run, result)
-        if run.finished or result.stop or run.step % run.config.checkpoint.every == 0:
+        launched = _launch(run, next(batches))
+        if late is not None:
+            _settle(run, late)
+        saves = run.finished or run.step % every == 0
+        if not (saves or due or run.skipped or run.stop.agreed or run.waits):
+            late = launched
+            continue
+        late = None
+        _settle(run, launched, due)
+        if saves or run.stop.agreed:
             save(run)
+        if saves or due:
+            run.clock.restart(run.step)
+
+
+def _launch(run: Run, batch: Batch) -> Launched:
+    """Give the device the next step; nothing waits for it."""
+    lr = run.config.optimizer.lr * run.schedule(run.step + 1)
+    pending = run.engine.train_step(batch, lr, stop=run.stop.requested)
+    run.step += 1
+    return Launched(run.step, lr, pending)
+
+
+def _settle(run: Run, launched: Launched, due: Sequence[Callback] = ()) -> None:
+    """Read what a step was, and see to what follows from it."""
+    step, result = launched.step, launched.pending.result()
+    run.skipped = 0 if result.applied else run.skipped + 1
+    run.stop.agreed = result.stop
+    run.losses.add(result)
+    last = step == run.step and (run.finished or result.stop)
+    if due or last or run.skipped or step % run.config.log_every == 0:
+        seconds = run.clock.lap(step, launched.pending.done)
+        line = step_metrics(run, step, result, launched.lr, seconds)
+        for callback in due:
+            callback.after_step(run, line)
+        _log(run, line)
+    if run.skipped:
+        _leave_out(run, step)
 
 
 def _load(run: Run, batches: Batches, due: Sequence[Callback]) -> bool:
@@ -93,6 +132,7 @@ def _await(run: Run, loads: Sequence[Future[Any]]) -> bool:
     done is saved first, also where a rank's text cannot be read, which ends the run.
     """
     prepared, sources = run.prepared, run.train_sources.values()
+    waited = False
     while True:
         done, missing = wait(loads, DATA_POLL)
         errors = [load.exception() for load in done] + ([prepared.error] if missing else [])
@@ -108,10 +148,13 @@ def _await(run: Run, loads: Sequence[Future[Any]]) -> bool:
             raise UserError(f"another rank cannot read its text of step {run.step + 1}: see what it says")
         if not waiting:
             run.waits = growing
+            if waited:
+                run.clock.restart(run.step)
             return True
         if stop:
             run.stop.agreed = True
             return False
+        waited = True
 
 
 def _any_rank(run: Run, *flags: bool) -> list[bool]:
@@ -128,15 +171,15 @@ def _log(run: Run, line: dict[str, Any]) -> None:
         sink.log(line)
 
 
-def _leave_out(run: Run, result: StepResult) -> None:
+def _leave_out(run: Run, step: int) -> None:
     """Tell of a step that was not applied; several in a row end the run, its weights saved as they were."""
     if run.world.is_main:
-        run.directory.append_event("skip", step=run.step, reason="gradient not finite")
-        logger.warning("step %d left out: its gradient is not finite", run.step)
+        run.directory.append_event("skip", step=step, reason="gradient not finite")
+        logger.warning("step %d left out: its gradient is not finite", step)
     if run.skipped >= MAX_SKIPPED:
         save(run)
         raise UserError(
-            f"{run.skipped} steps in a row had a gradient that is not finite, the last one step {run.step}; "
+            f"{run.skipped} steps in a row had a gradient that is not finite, the last one step {step}; "
             "its checkpoint holds the weights from before them: go on with a lower optimizer.lr",
             exit_code=ExitCode.NON_FINITE,
         )

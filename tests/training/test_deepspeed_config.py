@@ -95,7 +95,7 @@ def test_offload_trains_the_same(tiny, stage, precision):
     results = []
     for option in (f"zero{stage}", f"zero{stage}_offload"):
         engine = build([*tiny, f"deepspeed={option}"], precision)
-        steps = [engine.train_step(batch(8, 64), lr=1e-2) for _ in range(3)]
+        steps = [engine.train_step(batch(8, 64), lr=1e-2).result() for _ in range(3)]
         results.append([(step.source_losses.item(), float(step.grad_norm)) for step in steps])
         inner = engine.deepspeed.optimizer.optimizer
         assert type(inner) is torch.optim.AdamW

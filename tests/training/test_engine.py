@@ -51,7 +51,7 @@ def test_losses_are_summed_by_source(tiny):
     _, engine = build([*tiny, "deepspeed=zero0"])
     data = batch(8, 64, sources=[0, 1, 1, 1, 0, 1, 1, 1])
     rows = torch.cat([engine.loss(part) for part in data.split(2)]).double()
-    result = engine.train_step(data, lr=0.0)
+    result = engine.train_step(data, lr=0.0).result()
     expected = torch.stack([rows[[0, 4]].sum(), rows[[1, 2, 3, 5, 6, 7]].sum()])
     torch.testing.assert_close(result.source_losses, expected)
     assert result.source_targets.tolist() == [2 * 64, 6 * 64]
@@ -69,18 +69,18 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny
     for stage, precision in [*((stage, "fp32") for stage in range(4)), *((s, "bf16") for s in (1, 2, 3))]:
         _, engine = build([*tiny, f"deepspeed=zero{stage}"], precision)
         data = batch(8, 64)
-        assert engine.train_step(data, lr=1e-3).applied
+        assert engine.train_step(data, lr=1e-3).result().applied
         handle = engine.model.final_norm.register_forward_hook(
             lambda module, inputs, output: output * float("nan")
         )
         before = [engine.loss(part) for part in data.split(2)] and weights(engine)
-        result = engine.train_step(data, lr=1e-3)
+        result = engine.train_step(data, lr=1e-3).result()
         assert not result.applied, stage
         assert not torch.isfinite(torch.tensor(result.grad_norm)), stage
         handle.remove()
         after = weights(engine)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), stage
-        assert engine.train_step(data, lr=1e-3).applied
+        assert engine.train_step(data, lr=1e-3).result().applied
         engine.close()
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 class Engine(Protocol):
     """The model as callbacks use it; both are collective, so every rank makes the same number of calls."""
 
+    @property
+    def device(self) -> torch.device: ...
+
     def loss(self, batch: Batch) -> torch.Tensor:
         """The sum of each row's target losses in nats, [rows], without gradient."""
         ...

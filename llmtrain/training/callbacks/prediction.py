@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmtrain.training.engine.transfer import Moment
 from llmtrain.training.sizing.choose import GIB
 from llmtrain.training.sizing.hardware import device_name
 from llmtrain.training.sizing.memory import Layout, memory
@@ -41,7 +41,8 @@ class PredictionCallback:
         self._peak_known = hardware.peak_flops is not None
         self._memory = memory(model, layout)
         self._tokens = config.global_batch_size * config.seq_len
-        self._first, self._warm = 0, 0.0
+        self._first = 0
+        self._warm: Moment | None = None
 
     def on_start(self, run: Run) -> None:
         """Say where nothing can be predicted, and so no MFU told."""
@@ -53,17 +54,20 @@ class PredictionCallback:
             )
 
     def is_due(self, run: Run, step: int) -> bool:
-        """Also looks at the clock when the steps that count begin."""
+        """Also notes when the steps that count begin, which the device may not have come to yet."""
         steps = step - self._first
         if steps == WARM_UP + 1:
-            self._warm = time.perf_counter()
+            self._warm = Moment(run.engine.device)
         return steps == STEPS
 
     def load(self, run: Run, step: int) -> None:
         """It reads no text."""
 
     def after_step(self, run: Run, line: dict[str, Any]) -> None:
-        seconds = (time.perf_counter() - self._warm) / (STEPS - WARM_UP)
+        assert self._warm is not None
+        now = Moment(run.engine.device)
+        now.wait()
+        seconds = now.seconds_since(self._warm) / (STEPS - WARM_UP)
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         predicted = self._time.step if self._time else None
         if not run.world.is_main:

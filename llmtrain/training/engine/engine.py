@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,8 @@ from llmtrain.model import Decoder, Losses
 from llmtrain.model.init import Gather
 from llmtrain.optim.adamw import OptimizerConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
+from llmtrain.training.engine.transfer import PendingStep, Upload
 from llmtrain.training.engine.weights import allow_state_classes
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step was.
-
-    source_losses, source_targets: fp64 [sources], sums of target losses and trained targets on all ranks.
-    grad_norm: global L2 norm before clipping; not finite where a gradient was not.
-    applied: False where the step was left out because of that.
-    stop: whether any rank asked to stop.
-    """
-
-    source_losses: torch.Tensor
-    source_targets: torch.Tensor
-    grad_norm: float
-    applied: bool
-    stop: bool
 
 
 def build_engine(
@@ -95,6 +78,8 @@ class Engine:
         self._clipping = clipping
         self._micro_batch_size = micro_batch_size
         self._sources = sources
+        self._upload = Upload(self.device)
+        self._parameters = list(self.model.parameters())
 
     @property
     def accumulation(self) -> int:
@@ -106,14 +91,16 @@ class Engine:
         """The module inside; under ZeRO-3 its parameters are partitioned."""
         return self.deepspeed.module
 
-    def train_step(self, batch: Batch, lr: float, stop: bool = False) -> StepResult:
-        """One optimizer step over this rank's rows of a global batch.
+    def train_step(self, batch: Batch, lr: float, stop: bool = False) -> PendingStep:
+        """One optimizer step over this rank's rows of a global batch, given to the device.
 
         The loss is the mean over the trained targets of the whole global batch, so neither ranks nor micro
-        batches change it. `stop` tells the other ranks that this one wants to end after the step.
+        batches change it. `stop` tells the other ranks that this one wants to end after the step. Under
+        stage 0 nothing here waits for the device.
         """
-        self.deepspeed.train()
-        parts = [part.to(self.device, non_blocking=True) for part in batch.split(self._micro_batch_size)]
+        if not self.model.training:
+            self.deepspeed.train()
+        parts = self._upload(batch.split(self._micro_batch_size))
         targets = torch.cat([(part.labels != IGNORED).sum(dim=1) for part in parts])
         total = distributed.all_reduce_sum(
             torch.stack([targets.sum(), torch.full((), int(stop), device=self.device)])
@@ -121,16 +108,13 @@ class Engine:
         # DeepSpeed averages gradients over ranks; the mean over targets is ours.
         scale = self._ranks / total[0].clamp(min=1)
         losses = []
-        for part in parts:
-            loss = self._forward(part)
-            self.deepspeed.backward(loss.total * scale, scale_wrt_gas=False)
-            losses.append(loss.rows)
-            if self.deepspeed.is_gradient_accumulation_boundary():
-                grad_norm, applied = self._update(lr)
-            else:
-                self.deepspeed.step()
+        for part in parts[:-1]:
+            losses.append(self._backward(part, scale))
+            self.deepspeed.step()
+        losses.append(self._backward(parts[-1], scale))
+        grad_norm, applied = self._update(lr)
         sums = self._sum_by_source(torch.cat(losses), targets, torch.cat([part.source_ids for part in parts]))
-        return StepResult(sums[0], sums[1], grad_norm, applied, bool(total[1] > 0))
+        return PendingStep(sums, grad_norm, applied, total[1] > 0)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -183,25 +167,43 @@ class Engine:
     def _forward(self, batch: Batch) -> Losses:
         return self.deepspeed(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)
 
-    def _update(self, lr: float) -> tuple[float, bool]:
-        """Clip and step; returns the gradient norm and whether the step was applied."""
-        for group in self.deepspeed.optimizer.param_groups:
+    def _backward(self, part: Batch, scale: torch.Tensor) -> torch.Tensor:
+        """Add a micro-batch's gradients; returns the losses of its rows."""
+        losses = self._forward(part)
+        self.deepspeed.backward(losses.total * scale, scale_wrt_gas=False)
+        return losses.rows
+
+    def _update(self, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip and step; returns the gradient norm and whether the step was applied, both on the device."""
+        assert self.deepspeed.is_gradient_accumulation_boundary(), "a batch of another size than the engine's"
+        optimizer = self.deepspeed.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = lr
         if self._stage > 0:
             self.deepspeed.step()
-            return float(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied()
+            norm, applied = self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied()
+            return self._scalar(norm), self._scalar(applied)
         # The raw torch optimizer of stage 0 has no guard: a single NaN would stay in the weights for ever.
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         # float64, because torch's fp32 norm of a large CPU tensor is off in the fourth digit.
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        applied = bool(torch.isfinite(norm))
-        if not applied:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)))
+        applied = torch.isfinite(norm)
+        divisor = ((norm + 1e-6) / self._clipping).clamp(min=1).float() if self._clipping else None
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # What torch.amp asks of fused optimizers: nothing is read, and gradients are passed over once.
+            optimizer.grad_scale, optimizer.found_inf = divisor, (~applied).float()
+        elif not applied:
             self.model.zero_grad(set_to_none=True)  # the optimizer passes over parameters without gradient
-        elif self._clipping:
-            torch._foreach_mul_(gradients, (self._clipping / (norm + 1e-6)).clamp(max=1).float())
+        elif divisor is not None:
+            torch._foreach_div_(gradients, divisor)
         self.deepspeed.step()
-        return float(norm), applied
+        return norm, applied
+
+    def _scalar(self, value: torch.Tensor | float) -> torch.Tensor:
+        """A number on the device, fp64, whether DeepSpeed has it there or on the host."""
+        if isinstance(value, torch.Tensor):
+            return value.double()
+        return torch.full((), float(value), dtype=torch.float64, device=self.device)
 
     def _sum_by_source(
         self, losses: torch.Tensor, targets: torch.Tensor, source_ids: torch.Tensor
