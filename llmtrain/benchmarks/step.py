@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from llmtrain.benchmarks.measure import Result, Station, markdown
+from llmtrain.training import callbacks
 from llmtrain.training.build import Run
 
 STAGES = (0, 1, 2, 3)
@@ -63,16 +64,16 @@ class Turns:
         self.pairs: list[tuple[float, float]] = []
         """Processor seconds of `every` steps: the trainer's, with all its threads, and the bare loop's."""
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: callbacks.Run) -> None:
         """The first turns are the warm-up's, so no clock is needed here."""
 
-    def is_due(self, run: Run, step: int) -> bool:
+    def is_due(self, run: callbacks.Run, step: int) -> bool:
         return step % self._every == 0
 
-    def load(self, run: Run, step: int) -> None:
+    def load(self, run: callbacks.Run, step: int) -> None:
         """It reads no text."""
 
-    def after_step(self, run: Run, line: dict[str, Any]) -> None:
+    def after_step(self, run: callbacks.Run, line: dict[str, Any]) -> None:
         began = time.process_time()
         for _ in range(self._every):
             self._bare.step()

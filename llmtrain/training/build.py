@@ -25,6 +25,7 @@ from llmtrain.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llmtrain.training.callbacks import Callback
 from llmtrain.training.callbacks.evaluation import EvaluationCallback
 from llmtrain.training.callbacks.prediction import PredictionCallback
+from llmtrain.training.callbacks.profile import ProfileCallback
 from llmtrain.training.callbacks.samples import SampleCallback
 from llmtrain.training.checkpoint import check_record, checkpoints, find_checkpoint, read_record
 from llmtrain.training.clock import StepClock
@@ -176,6 +177,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
             PredictionCallback(config, world, tokenizer.vocab_size, precision),
             EvaluationCallback(config.callbacks.evaluation),
             SampleCallback(config.callbacks.sample),
+            ProfileCallback(config.profile),
         ],
     )
 

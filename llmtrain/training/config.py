@@ -20,6 +20,7 @@ from llmtrain.optim.schedules import (
 )
 from llmtrain.tokenizer import BytesConfig, HuggingFaceConfig, SentencePieceConfig, TokenizerConfig
 from llmtrain.training.callbacks.evaluation import EvaluationConfig
+from llmtrain.training.callbacks.profile import ProfileConfig
 from llmtrain.training.callbacks.samples import SampleConfig
 from llmtrain.training.checkpoint import CheckpointConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, Precision
@@ -58,6 +59,7 @@ class TrainConfig(Config):
     scheduler: choice(SchedulerConfig, CosineConfig, LinearConfig, ConstantConfig, WsdConfig)  # type: ignore[valid-type]
     deepspeed: DeepSpeedConfig
     hardware: HardwareConfig
+    profile: ProfileConfig
     checkpoint: CheckpointConfig
     callbacks: CallbacksConfig
     logger: LoggerConfig

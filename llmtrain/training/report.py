@@ -26,6 +26,9 @@ FIRST_EVENTS = 20
 
 MOST_SAMPLES = 12
 MOST_MARKS = 12
+MOST_NAME = 90
+"""Characters of a kernel's name that are shown; the rest is in its tool tip."""
+
 PALETTE = 8
 """Colours that the page has for sources, c0 to c7; sources beyond that begin anew."""
 
@@ -69,6 +72,7 @@ class _Report:
             self._mixture(),
             self._held_out(),
             self._samples(),
+            self._profile(),
             self._events(),
             self._config(),
         ]
@@ -216,6 +220,30 @@ class _Report:
         what = "Earlier samples" if few == earlier else f"{len(few)} of {len(earlier)} earlier samples"
         more = f"<details><summary>{what}</summary>{inner}</details>" if few else ""
         return f"<h2>Samples after step {_step_of(last)}</h2><div class=card>{_sample(last)}</div>{more}"
+
+    def _profile(self) -> str:
+        found = self.directory.read_json("profile/kernels.json")
+        if not found:
+            return ""
+        what = "kernel" if found["on"] == "device" else "operator"
+        rows = [
+            [
+                f"<span title='{escape(kernel['name'])}'>{escape(kernel['name'][:MOST_NAME])}</span>",
+                f"{kernel['calls']:.3g}",
+                f"{kernel['ms']:.3f}",
+                f"{kernel['share']:.1%}",
+            ]
+            for kernel in found["kernels"]
+        ]
+        last = found["first_step"] + found["steps"] - 1
+        note = (
+            f"Steps {found['first_step']} to {last}: {found['step_ms']:.1f} ms a step, "
+            f"{found['total_ms']:.1f} ms of them in {what}s of the {found['on']}. "
+            "The whole trace is in profile/."
+        )
+        head = [what, "calls a step", "ms a step", "share"]
+        card = f"<div class=card>{table(head, rows, words=(what,))}</div>"
+        return f"<h2>Profile</h2><p class=soft>{note}</p>{card}"
 
     def _events(self) -> str:
         if not self.events:

@@ -226,6 +226,8 @@ ELSEWHERE: dict[str, str] = {
         }.items()
         for key in names
     },
+    "profile.steps": "tests/training/test_profile.py::test_the_steps_of_a_profile_are_traced",
+    "profile.from_step": "tests/training/test_profile.py::test_the_steps_of_a_profile_are_traced",
     "deepspeed.disable_python_gc": f"{DEEPSPEED}::test_python_s_garbage_collector_stays_off_until_a_save",
     **{
         f"deepspeed.zero_optimization.{key}": f"{DEEPSPEED}::test_every_key_reaches_deepspeed"
