@@ -286,7 +286,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over all ranks, in place, and returns it."""
-    if _is_grouped():
+    if world_size() > 1:
         import torch.distributed as dist
 
         dist.all_reduce(tensor)

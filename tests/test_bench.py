@@ -347,3 +347,15 @@ def test_a_hundred_gigabytes_of_shards_take_little_memory(tmp_path: Path) -> Non
     assert found["shards"] == 10_000
     assert found["sparse_shards_read_from,_GB"] == 100
     assert 50 < found["memory_after_all_of_it,_MB"] < 700
+
+
+def test_a_step_of_the_trainer_is_measured_beside_deepspeed_s(tmp_path: Path) -> None:
+    """How close the two are is for a quiet machine to say; here, that both were measured and are alike."""
+    output = tmp_path / "step.json"
+    words = ["step", "--turns", "1", "--stages", "0", "--output", str(output), "--directory", str(tmp_path)]
+    assert bench.main(words) == 0
+    (stage,) = json.loads(output.read_text())["stages"]
+    assert (stage["stage"], stage["tensors"]) == (0, 171)
+    assert stage["ratio"] == pytest.approx(stage["ours_ms"] / stage["bare_ms"])
+    assert 0.5 < stage["ratio"] < 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step.json"]

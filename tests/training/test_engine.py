@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from llmtrain import distributed
@@ -82,6 +83,50 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), stage
         assert engine.train_step(data, lr=1e-3).result().applied
         engine.close()
+
+
+def test_stage_0_clips_by_the_exact_norm_and_leaves_its_state_alone_at_a_step_that_is_not_finite(tiny):
+    _, engine = build([*tiny, "deepspeed=zero0", "optimizer.gradient_clipping=0.01"])
+    seen = []
+    step = engine.deepspeed.optimizer.step
+    parameters = list(engine.model.parameters())
+
+    def watch():
+        seen.append([parameter.grad.double().clone() for parameter in parameters])
+        return step()
+
+    engine.deepspeed.optimizer.step = watch
+    result = engine.train_step(batch(8, 64), lr=1e-3).result()
+    norm = torch.cat([gradient.flatten() for gradient in seen[0]]).square().sum().sqrt().item()
+    assert result.grad_norm == pytest.approx(norm, rel=1e-9) and norm > 0.01
+    states = [engine.deepspeed.optimizer.state[parameter] for parameter in parameters]
+    for gradient, state in zip(seen[0], states, strict=True):  # after one step m is (1 - beta1) g
+        expected = 0.1 * gradient * 0.01 / norm
+        torch.testing.assert_close(state["exp_avg"].double(), expected, rtol=1e-4, atol=1e-12)
+
+    before = [{key: value.clone() for key, value in state.items()} for state in states]
+    handle = engine.model.final_norm.register_forward_hook(lambda module, inputs, output: output / 0)
+    assert not engine.train_step(batch(8, 64), lr=1e-3).result().applied
+    handle.remove()
+    for old, new in zip(before, states, strict=True):
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    engine.close()
+
+
+def test_an_optimizer_without_torch_amp_s_contract_is_clipped_and_guarded_the_same(tiny):
+    curves = []
+    for contract in (True, False):
+        _, engine = build([*tiny, "deepspeed=zero0", "optimizer.gradient_clipping=0.01"])
+        engine.deepspeed.optimizer._step_supports_amp_scaling = contract
+        steps = [engine.train_step(batch(8, 64), lr=1e-2).result() for _ in range(2)]
+        handle = engine.model.final_norm.register_forward_hook(lambda module, inputs, output: output / 0)
+        steps.append(engine.train_step(batch(8, 64), lr=1e-2).result())
+        handle.remove()
+        steps.append(engine.train_step(batch(8, 64), lr=1e-2).result())
+        assert [step.applied for step in steps] == [True, True, False, True]
+        curves.append([step.source_losses.sum().item() for step in steps if step.applied])
+        engine.close()
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6) and len(set(curves[0])) == 3
 
 
 def weights(engine):

@@ -202,7 +202,7 @@ class Engine:
     def _scalar(self, value: torch.Tensor | float) -> torch.Tensor:
         """A number on the device, fp64, whether DeepSpeed has it there or on the host."""
         if isinstance(value, torch.Tensor):
-            return value.double()
+            return value.to(self.device, torch.float64)
         return torch.full((), float(value), dtype=torch.float64, device=self.device)
 
     def _sum_by_source(
