@@ -17,10 +17,11 @@ from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.shards import Header, ShardedSource, ShardWriter, shard_path, write_index
 from llmtrain.distributed import World
-from llmtrain.model import Decoder, DecoderConfig
+from llmtrain.model import Decoder
 from llmtrain.tokenizer import BytesConfig
 from llmtrain.training.callbacks.evaluation import EvaluationCallback, EvaluationConfig
 from llmtrain.training.callbacks.samples import SampleCallback, SampleConfig, printable, prompt_ids
+from llmtrain.training.config import TrainConfig
 from llmtrain.training.run_directory import RunDirectory
 
 SEQ_LEN = 32
@@ -78,18 +79,9 @@ def write_source(directory: Path, text: str, first: int, count: int) -> ShardedS
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    model = yaml.safe_load((Path(__file__).parents[2] / "conf" / "model" / "tiny.yaml").read_text())
-    model = {key: value for key, value in model.items() if key != "defaults"}
-    model |= {
-        "d_model": 32,
-        "n_layers": 1,
-        "d_ff": 32,
-        "position": {"kind": "none"},
-        "attention": {"backend": "auto"},
-    }
-    decoder = DecoderConfig.model_validate(model).build(
-        vocab_size=TOKENIZER.vocab_size, seq_len=SEQ_LEN, seed=1
-    )
+    shape = ["d_model=32", "n_layers=1", "d_ff=32"]
+    config = compose(TrainConfig, ["model=tiny", "model/position=none", *(f"model.{key}" for key in shape)])
+    decoder = config.model.build(vocab_size=TOKENIZER.vocab_size, seq_len=SEQ_LEN, seed=1)
     train = {name: write_source(tmp_path / name / "train", text, 0, 30) for name, text in TEXTS.items()}
     held_out = {
         name: write_source(tmp_path / name / "validation", text, 30, 7) for name, text in TEXTS.items()
