@@ -503,7 +503,8 @@ def test_a_process_killed_while_it_fetches_leaves_nothing(
     process = _process(server, tmp_path)
     _eventually(
         lambda: (
-            server.hits["/shard-00002/tokens.bin"] == 1 and bool(list(tmp_path.rglob(".tmp-shard-00002*")))
+            server.hits["/shard-00002/tokens.bin"] == 1
+            and bool(list(tmp_path.glob("remote/*/.tmp-shard-00002*")))
         )
     )
     process.send_signal(signal.SIGKILL)
