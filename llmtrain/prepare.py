@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.config import UserError
+from llmtrain.config.door import sigterm_is_like_ctrl_c
 from llmtrain.config.hydra import hydra_door
 
 if TYPE_CHECKING:
@@ -19,7 +16,7 @@ def run(config: PrepareConfig) -> int:
     """Prepare every source of the config, or one share of them, and print one line each."""
     from llmtrain.data.prepare import parse_part, prepare
 
-    with _sigterm_is_like_ctrl_c():
+    with sigterm_is_like_ctrl_c():
         prepared = prepare(
             config.data,
             config.tokenizer,
@@ -30,28 +27,6 @@ def run(config: PrepareConfig) -> int:
     if _is_main():
         show(prepared)
     return 0
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
-@contextmanager
-def _sigterm_is_like_ctrl_c() -> Iterator[None]:
-    """What is half made is cleared away; UserError with 143, which is what the shell calls the signal."""
-
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except _Terminated:
-        raise UserError(
-            "stopped by SIGTERM; the same command goes on", exit_code=128 + signal.SIGTERM
-        ) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def show(prepared: Prepared) -> None:

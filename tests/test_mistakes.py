@@ -83,7 +83,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a URL of a package that is not there": (
         [f"{PROSE}.path=oss://bucket/web/*.jsonl"],
-        f"{PROSE}.path=oss://bucket/web/*.jsonl: Install ossfs",
+        f"{PROSE}.path=oss://bucket/web/*.jsonl: this kind of URL needs another package: Install ossfs",
     ),
     "a URL of no known kind": ([f"{PROSE}.path=nonsense://bucket/a.jsonl"], f"{PROSE}.path=nonsense://"),
     "JSON that is no array": (
@@ -115,7 +115,11 @@ AT_OTHER_DOORS: list[tuple[str, list[str], str]] = [
     ("prepare", [f"{PROSE}.path={HERE}/bad.jsonl"], "3 are bad (3 malformed JSON)"),
     ("plan", ["weights=unimaxx"], "weights=unimaxx: must be one of given, proportional, temperature, unimax; "
      "did you mean unimax?"),
-    ("plan", [f"{PROSE}.path=oss://bucket/a.jsonl"], f"{PROSE}.path=oss://bucket/a.jsonl: Install ossfs"),
+    (
+        "plan",
+        [f"{PROSE}.path=oss://bucket/a.jsonl"],
+        f"{PROSE}.path=oss://bucket/a.jsonl: this kind of URL needs another package: Install ossfs",
+    ),
     ("where", [HERE, "step=1"], "config.yaml: no such file; is "),
     ("where", [f"{HERE}/nowhere", "step=1"], "nowhere/config.yaml: no such file; is "),
     ("where", [HERE, "stp=1"], "stp=1: keys are step, row, document, text, until, most, loss, format, as "

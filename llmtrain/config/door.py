@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -87,3 +88,25 @@ def _set_up_logging(world: World) -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(_leave_secrets_out)
     logging.getLogger("llmtrain").setLevel(logging.INFO if world.is_main else logging.WARNING)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def sigterm_is_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM unwinds what is half made, and is a UserError with 143: what the shell calls the signal."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Terminated:
+        raise UserError(
+            "stopped by SIGTERM; the same command goes on", exit_code=128 + signal.SIGTERM
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -234,7 +234,7 @@ class ShardedSource:
         """
         with self._lock:
             for shard in self._open_shards.keys() - set(shards):
-                if not self._open_shards[shard].path.exists():
+                if self._was_removed(shard):
                     del self._open_shards[shard]
                     for name in TABLES:
                         self._tables.pop((name, shard), None)
@@ -341,7 +341,7 @@ class ShardedSource:
                 raise damaged(path, f"has {status.st_size} bytes instead of {expected}")
             # Nothing cannot be mapped.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if expected else b""
-        identity = status.st_ino, status.st_mtime_ns
+        identity = _identity(status)
         with self._lock:
             before = self._checked.get(shard)
             if before is None or before[0] != identity:  # a file that was fetched again is another one
@@ -351,6 +351,13 @@ class ShardedSource:
                 tokens = np.frombuffer(mapped, self._dtype)
                 self._open_shards[shard] = _OpenShard(path, tokens, mapped, digests, before[1])
             return self._open_shards[shard]
+
+    def _was_removed(self, shard: int) -> bool:
+        """Whether the file that is mapped is gone; another of its name may have been fetched since."""
+        try:
+            return _identity(self._open_shards[shard].path.stat()) != self._checked[shard][0]
+        except OSError:
+            return True
 
     def _check_block(self, opened: _OpenShard, block: int) -> None:
         size = BLOCK // self._dtype.itemsize
@@ -388,6 +395,10 @@ class ShardedSource:
         if not sound:
             raise damaged(path, f"does not fit {MANIFEST}")
         return table
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_ino, status.st_mtime_ns
 
 
 def _make_room(opened: dict[Any, Any], most: int) -> None:

@@ -43,7 +43,7 @@ TRAIN, VALIDATION, QUARANTINE = "train", "validation", "quarantine"
 REPORT = "input.json"
 BATCH_BYTES = 1_000_000
 """Text encoded at a time: enough to keep every core busy."""
-CHECK_EVERY = 1024
+CHECK_EVERY = 2048
 """Of so many documents one is encoded by the tokenizer's reference too: about 2 % of all the work."""
 ALLOWANCE = 10
 """Bad records beyond its share that a stretch of a file may have, for it is the whole file that counts."""

@@ -153,28 +153,37 @@ class BestFit:
         return int(self._counts.sum()) if self.at_once else None
 
     def sizes(self, shards: np.ndarray) -> np.ndarray:
-        for shard in shards[~self._may_be_right(shards)].tolist():
-            self._counts[shard] = self._paddings[shard] = -1
-            self._packing(shard)
-        return np.array(self._counts[shards])
+        return self._known(shards)[0]
 
     def padding(self, shards: np.ndarray) -> int:
         """Padding of all windows of these shards."""
-        self.sizes(shards)
-        return int(self._paddings[shards].sum())
+        return int(self._known(shards)[1].sum())
+
+    def _known(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Windows and padding of each of these shards, counted where what is remembered cannot be right.
+
+        Other processes write the remembered numbers too, so what was counted here is not read back.
+        """
+        counts, paddings = self._counts[shards], self._paddings[shards]  # copies
+        for place in np.flatnonzero(~self._may_be_right(shards, counts, paddings)).tolist():
+            packing = self._packing(int(shards[place]), forget=True)
+            counts[place], paddings[place] = packing.count, packing.paddings.sum()
+            self._counts[shards[place]], self._paddings[shards[place]] = counts[place], paddings[place]
+        return counts, paddings
 
     def paddings(self, shard: int) -> np.ndarray:
         """Padding of each window of a shard: int64 [windows]."""
         return self._packing(shard).paddings
 
-    def _may_be_right(self, shards: np.ndarray) -> np.ndarray:
+    def _may_be_right(self, shards: np.ndarray, counts: np.ndarray, paddings: np.ndarray) -> np.ndarray:
         """Whether what was remembered has room for the shards' tokens, and is known: bool [shards]."""
-        counts, paddings, tokens = self._counts[shards], self._paddings[shards], self.source.lengths(shards)
+        tokens = self.source.lengths(shards)
         known = (counts >= 0) & (paddings >= 0)
         return known & (counts * (self.seq_len + 1) - paddings >= tokens) & ((counts == 0) == (tokens == 0))
 
     def _are_plausible(self) -> bool:
-        return self.source.complete and bool(self._may_be_right(np.arange(self.source.shards)).all())
+        every = np.arange(self.source.shards)
+        return self.source.complete and bool(self._may_be_right(every, self._counts, self._paddings).all())
 
     def pieces(self, units: list[Piece]) -> list[Piece]:
         return [
@@ -200,7 +209,8 @@ class BestFit:
             if any(at_home(first, last) for first, last in packing.window(index))
         ]
 
-    def _packing(self, shard: int) -> ShardPacking:
+    def _packing(self, shard: int, forget: bool = False) -> ShardPacking:
+        """How a shard is packed, and remembered; with `forget` over what was remembered of it before."""
         with self._lock:
             if shard in self._packings:
                 self._packings.move_to_end(shard)
@@ -209,8 +219,8 @@ class BestFit:
         with self._lock:
             if shard not in self._packings:
                 packing = ShardPacking(offsets, self.seq_len, self._max_padding)
-                self._remember(shard, "windows", self._counts, packing.count)
-                self._remember(shard, "padding", self._paddings, int(packing.paddings.sum()))
+                self._remember(shard, "windows", self._counts, packing.count, forget)
+                self._remember(shard, "padding", self._paddings, int(packing.paddings.sum()), forget)
                 self._packings[shard] = packing
                 self._kept += packing.count
             packing = self._packings[shard]
@@ -218,8 +228,8 @@ class BestFit:
                 self._kept -= self._packings.popitem(last=False)[1].count
             return packing
 
-    def _remember(self, shard: int, what: str, numbers: np.ndarray, found: int) -> None:
-        if numbers[shard] not in (-1, found):
+    def _remember(self, shard: int, what: str, numbers: np.ndarray, found: int, forget: bool) -> None:
+        if not forget and numbers[shard] not in (-1, found):
             raise UserError(
                 f"shard {shard}: {what} at seq_len={self.seq_len} counted as {numbers[shard]} before, as "
                 f"{found} now; remove the files {what}-{self.seq_len}-* beside it"

@@ -300,6 +300,30 @@ def test_best_fit_keeps_few_packings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(stream._cutting._packings) <= 5  # type: ignore[attr-defined]
 
 
+def test_counts_that_another_process_wrote_are_never_taken_back() -> None:
+    """It writes them after they were looked at, and reads them while they are counted here."""
+    source = ArraySource([[[1] * 5, [2] * 6]])
+    other, shards = BestFit(source, L, 0.1, 100), np.array([0])
+    seen: list[np.ndarray] = []
+
+    class Watched(ArraySource):
+        def lengths(self, shards: np.ndarray) -> np.ndarray:
+            other.sizes(np.array([0]))
+            return super().lengths(shards)
+
+        def offsets(self, shard: int) -> np.ndarray:
+            seen.append(other.sizes(np.array([0])).copy())
+            seen.extend(numbers.copy() for numbers in self.memory.values())
+            return super().offsets(shard)
+
+    watched = Watched([[[1] * 5, [2] * 6]])
+    watched.memory = source.memory
+    sizes = BestFit(watched, L, 0.1, 100).sizes(shards)
+    assert len(seen) == 3
+    assert all((numbers >= 0).all() for numbers in seen)
+    assert (sizes == other.sizes(shards)).all()
+
+
 def test_windows_that_were_counted_otherwise_are_refused() -> None:
     """What is remembered of a shard says where all later windows are: a wrong number shifts them."""
     source = numbered([[2 * L, 3], [5, L], [3 * L]])
