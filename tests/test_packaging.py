@@ -119,4 +119,4 @@ def test_dependencies_are_what_is_imported():
     peers = {"grain", "litdata", "megatron", "streaming"}  # benchmarks compare with them where they are
     assert peers <= imported
     assert imported - extra - peers <= declared
-    assert declared - imported == {"psutil", "zstandard"}  # launch/supervise.py; datasets, for .zst files
+    assert declared - imported == {"zstandard"}  # datasets, for .zst files

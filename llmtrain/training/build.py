@@ -146,7 +146,9 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
         saved = read_record(checkpoint)
         check_record(checkpoint, saved, describe_run(config, world, tokenizer, precision))
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
-    engine = build_model_engine(config, world, tokenizer.vocab_size, len(dataset.names), precision)
+    engine = build_model_engine(
+        config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
+    )
     stage, parameters = config.deepspeed.stage, engine.model.parameter_count
     logger.info(
         f"{parameters:,} parameters, {world.world_size} rank(s) on {device}, {precision}, ZeRO stage {stage}"
@@ -197,7 +199,7 @@ def describe_run(
         "stage": config.deepspeed.stage,
         "precision": precision,
         "tokenizer": tokenizer.fingerprint,
-        "model": config.model.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json", exclude={"init_from"}),
     }
 
 
@@ -237,10 +239,15 @@ def mixture_weights(data: DataConfig, sources: Mapping[str, ShardedSource]) -> M
 
 
 def build_model_engine(
-    config: TrainConfig, world: World, vocab_size: int, sources: int, precision: ResolvedPrecision
+    config: TrainConfig,
+    world: World,
+    vocab_size: int,
+    sources: int,
+    precision: ResolvedPrecision,
+    goes_on: bool = False,
 ) -> Engine:
-    """The decoder with its initial weights under DeepSpeed."""
-    from llmtrain.model.init import initialize_parameters
+    """The decoder with its first weights under DeepSpeed. A run that `goes_on` gets others after it."""
+    from llmtrain.training.pretrained import Initialize
 
     def construct() -> Decoder:
         decoder = config.model.assemble(vocab_size=vocab_size, seq_len=config.seq_len)
@@ -249,7 +256,7 @@ def build_model_engine(
 
     return build_engine(
         construct=construct,
-        initialize=lambda decoder, gather: initialize_parameters(decoder, config.seed, gather),
+        initialize=Initialize(config, vocab_size, goes_on),
         config=config.deepspeed,
         optimizer=config.optimizer,
         precision=precision,

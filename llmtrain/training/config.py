@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -36,6 +37,13 @@ class CallbacksConfig(Config):
     sample: SampleConfig
 
 
+class ModelConfig(DecoderConfig):
+    """The decoder of a run."""
+
+    init_from: Path | None
+    """A Hugging Face directory whose weights the run begins with, and whose shape it has."""
+
+
 class TrainConfig(Config):
     """One training run. conf/ says what each key means and sets its default."""
 
@@ -51,7 +59,7 @@ class TrainConfig(Config):
     cache_dir: Path
     resume: str
     log_every: Count
-    model: DecoderConfig
+    model: ModelConfig
     tokenizer: choice(TokenizerConfig, SentencePieceConfig, HuggingFaceConfig, BytesConfig)  # type: ignore[valid-type]
     data: DataConfig
     optimizer: choice(OptimizerConfig, AdamWConfig)  # type: ignore[valid-type]
@@ -61,6 +69,13 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig
     callbacks: CallbacksConfig
     logger: LoggerConfig
+
+    @classmethod
+    def complete(cls, value: Mapping[str, Any], given: Collection[str]) -> Mapping[str, Any]:
+        """With the shape of `model.init_from`."""
+        from llmtrain.training.pretrained import with_shape
+
+        return with_shape(value, given)
 
     @model_validator(mode="after")
     def _runs_right(self) -> Self:
