@@ -19,7 +19,7 @@ from llmtrain.model.attention import Attention, Context
 from llmtrain.model.documents import Documents
 from llmtrain.model.feed_forward import FeedForwardKind, build_feed_forward
 from llmtrain.model.init import initialize_parameters
-from llmtrain.model.kernels import AttentionConfig, Kernel
+from llmtrain.model.kernels import AttentionConfig, Kernel, Shape, Use
 from llmtrain.model.layers import Embedding, compute_dtype
 from llmtrain.model.loss import Losses, head_losses
 from llmtrain.model.norm import NormKind, build_norm
@@ -102,9 +102,13 @@ class DecoderConfig(Config):
         """Width of a head."""
         return self.head_dim or self.d_model // self.n_heads
 
-    def assemble(self, *, vocab_size: int, seq_len: int) -> Decoder:
-        """The decoder with its weights not yet drawn: `initialize_parameters` or a state dict comes next."""
-        return Decoder(self, self.attention.kernel(), vocab_size=vocab_size, seq_len=seq_len)
+    def assemble(self, *, vocab_size: int, seq_len: int, use: Use | None = None) -> Decoder:
+        """The decoder with its weights not yet drawn: `initialize_parameters` or a state dict comes next.
+
+        Its kernel is chosen for the `use`; without one it is one that works everywhere.
+        """
+        kernel = self.attention.kernel(Shape(self.d_head, self.position.has_slopes), use)
+        return Decoder(self, kernel, vocab_size=vocab_size, seq_len=seq_len)
 
     def build(self, *, vocab_size: int, seq_len: int, seed: int) -> Decoder:
         """The decoder with its initial weights, a pure function of this config, the sizes and the seed."""

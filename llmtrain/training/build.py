@@ -20,6 +20,8 @@ from llmtrain.data.prepare import Prepared, check_inputs
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
 from llmtrain.model import Decoder
+from llmtrain.model.kernels import Use
+from llmtrain.model.kernels.probe import check_isolation
 from llmtrain.optim.schedules import Schedule
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llmtrain.training.callbacks import Callback
@@ -149,6 +151,14 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     engine = build_model_engine(
         config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
     )
+    check_isolation(
+        engine.logits,
+        backend=engine.model.kernel.name,
+        documents=config.data.documents == "separate",
+        vocab_size=tokenizer.vocab_size,
+        seq_len=config.seq_len,
+        device=engine.device,
+    )
     stage, parameters = config.deepspeed.stage, engine.model.parameter_count
     logger.info(
         f"{parameters:,} parameters, {world.world_size} rank(s) on {device}, {precision}, ZeRO stage {stage}"
@@ -238,6 +248,15 @@ def mixture_weights(data: DataConfig, sources: Mapping[str, ShardedSource]) -> M
     return {name: source.weight for name, source in data.sources.items() if source.weight is not None}
 
 
+def attention_use(config: TrainConfig, precision: ResolvedPrecision) -> Use:
+    """What attention is used for in this run, on this machine."""
+    return Use(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        documents=config.data.documents == "separate",
+    )
+
+
 def build_model_engine(
     config: TrainConfig,
     world: World,
@@ -250,7 +269,9 @@ def build_model_engine(
     from llmtrain.training.pretrained import Initialize
 
     def construct() -> Decoder:
-        decoder = config.model.assemble(vocab_size=vocab_size, seq_len=config.seq_len)
+        decoder = config.model.assemble(
+            vocab_size=vocab_size, seq_len=config.seq_len, use=attention_use(config, precision)
+        )
         decoder.activation_checkpointing = config.activation_checkpointing
         return decoder
 

@@ -139,10 +139,15 @@ class Engine:
         return self._forward(batch.to(self.device)).rows
 
     @torch.no_grad()
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, T, V] of ids [rows, T]."""
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [rows, T, V] of ids [rows, T]; see Decoder for the rest."""
         self.deepspeed.eval()
-        return self.deepspeed(input_ids.to(self.device))
+        return self.deepspeed(input_ids.to(self.device), None, position_ids, cu_seqlens)
 
     def save(self, directory: Path) -> None:
         """Write this rank's part of the engine's state below `directory`, or raise what went wrong here.
