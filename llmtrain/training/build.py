@@ -20,6 +20,7 @@ from llmtrain.data.prepare import Prepared, check_inputs
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
 from llmtrain.model import Decoder
+from llmtrain.model.fp8 import check_fp8, convert_to_fp8
 from llmtrain.model.kernels import Use
 from llmtrain.model.kernels.probe import check_isolation
 from llmtrain.optim.schedules import Schedule
@@ -82,6 +83,8 @@ def check_start(config: TrainConfig, world: World) -> None:
     micro-batches.
     """
     check_inputs(config.data)
+    if config.fp8:
+        check_fp8(config.fp8)
     checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
     if checkpoint is not None and config.resume != "auto":
         step = read_record(checkpoint)["step"]
@@ -151,14 +154,15 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     engine = build_model_engine(
         config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
     )
-    check_isolation(
-        engine.logits,
-        backend=engine.model.kernel.name,
-        documents=config.data.documents == "separate",
-        vocab_size=tokenizer.vocab_size,
-        seq_len=config.seq_len,
-        device=engine.device,
-    )
+    if config.fp8 != "tensorwise":  # which scales a tensor by its largest value: all tokens move all others
+        check_isolation(
+            engine.logits,
+            backend=engine.model.kernel.name,
+            documents=config.data.documents == "separate",
+            vocab_size=tokenizer.vocab_size,
+            seq_len=config.seq_len,
+            device=engine.device,
+        )
     stage, parameters = config.deepspeed.stage, engine.model.parameter_count
     logger.info(
         f"{parameters:,} parameters, {world.world_size} rank(s) on {device}, {precision}, ZeRO stage {stage}"
@@ -273,6 +277,12 @@ def build_model_engine(
             vocab_size=vocab_size, seq_len=config.seq_len, use=attention_use(config, precision)
         )
         decoder.activation_checkpointing = config.activation_checkpointing
+        decoder.z_loss = config.z_loss
+        if config.fp8:
+            names = convert_to_fp8(decoder, config.fp8)
+            logger.info(f"fp8={config.fp8}: {len(names)} matrices of the blocks multiply in FP8")
+        if config.compile is True or (config.compile == "auto" and torch.cuda.is_available()):
+            decoder.compile_blocks()
         return decoder
 
     return build_engine(

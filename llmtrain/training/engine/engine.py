@@ -14,6 +14,7 @@ from llmtrain import distributed
 from llmtrain.data.batch import IGNORED, Batch
 from llmtrain.distributed import World
 from llmtrain.model import Decoder, Losses
+from llmtrain.model.decoder import Block
 from llmtrain.model.init import Gather
 from llmtrain.optim.adamw import OptimizerConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
@@ -55,6 +56,7 @@ def build_engine(
     """
     import deepspeed
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import set_z3_leaf_modules
 
     settings = config.settings(
         micro_batch_size=micro_batch_size,
@@ -66,6 +68,8 @@ def build_engine(
     with deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else nullcontext():
         model = construct()
     if partitioned:
+        # One gather and one hook a block, not one a matrix; and none inside, where blocks are compiled.
+        set_z3_leaf_modules(model, [Block])
         initialize(model, lambda parameter: GatheredParameters(parameter, modifier_rank=0))
     else:
         initialize(model, nullcontext)
