@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from llmtrain.config import UserError
+from llmtrain.config.hydra import compose
 from llmtrain.model import Decoder, DecoderConfig
 from llmtrain.model.generation import generate
 from llmtrain.model.huggingface import Pretrained, family_of, write_pretrained
 from llmtrain.model.huggingface.families import CHOICES
+from llmtrain.training.config import TrainConfig
 from tests.model import huggingface_models as theirs
 from tests.model.small import POSITIONS, SEQ_LEN, VOCAB, decoder, tokens
 
@@ -91,6 +93,18 @@ def test_our_model_is_theirs(tmp_path: Path, name: str) -> None:
     assert theirs.largest_difference(model, exported, ids) < 1e-4
     assert (exported.config.vocab_size, exported.config.eos_token_id) == (VOCAB, None)
     assert (exported.generation_config.bos_token_id, exported.generation_config.eos_token_id) == (1, None)
+
+
+PRESETS = {
+    "llama_7b": "Llama", "llama3_8b": "Llama", "mistral_7b": "Llama", "70b": "Llama", "124m": "Llama",
+    "qwen3_8b": "Qwen3", "falcon_7b": "Falcon", "falcon_rw_1b": "Falcon", "mpt_7b": "MPT",
+    "bloom_7b1": "BLOOM",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_the_home_they_are_named_after(preset: str) -> None:
+    assert family_of(compose(TrainConfig, [f"model={preset}"]).model).name == PRESETS[preset]
 
 
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["Llama", "Qwen3"])
@@ -320,7 +334,7 @@ def test_the_vocabulary_must_be_the_tokenizers(tmp_path: Path, ids: int, fits: b
 
 
 def test_falcons_rounding_of_its_alibi_and_what_it_costs(tmp_path: Path) -> None:
-    """transformers rounds slope * position to bf16. Exact while both have few digits, see docs."""
+    """transformers rounds slope * position to bf16: exact for these slopes up to position 256."""
     name = "Falcon RW"
     model = theirs.build(name)
     ours = theirs.ours(theirs.save(model, tmp_path))
