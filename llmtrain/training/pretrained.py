@@ -11,7 +11,7 @@ from llmtrain.config import UserError
 from llmtrain.model import Decoder
 from llmtrain.model.huggingface import Pretrained, family_of
 from llmtrain.model.init import Gather, initialize_parameters
-from llmtrain.training.checkpoint import find_checkpoint
+from llmtrain.training.checkpoint import find_checkpoint, read_record
 from llmtrain.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ def _shape_of_run(value: Mapping[str, Any]) -> tuple[dict[str, Any], Path] | Non
     checkpoint = find_checkpoint(resume, RunDirectory(Path(str(output))).checkpoints)
     if checkpoint is None:
         return None
-    run = checkpoint.resolve().parent.parent
-    saved = RunDirectory(run).read_config().get("model", {})
-    return {key: saved[key] for key in saved if key not in ("attention", "init_from")}, run
+    saved = read_record(checkpoint)["model"]
+    return {key: saved[key] for key in saved if key != "attention"}, checkpoint
 
 
 def _shape_of_directory(value: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:

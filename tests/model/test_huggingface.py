@@ -263,6 +263,15 @@ def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:
     assert Pretrained.open(directory) == new
 
 
+def test_code_beside_a_config_does_not_run(tmp_path: Path) -> None:
+    """As the hub's Falcon and MPT still have it; this one would end in an error."""
+    file = theirs.save(theirs.build("Falcon 7B"), tmp_path) / "config.json"
+    (tmp_path / "configuration_falcon.py").write_text("raise SystemExit('code ran')")
+    auto_map = {"AutoConfig": "configuration_falcon.FalconConfig"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": auto_map}))
+    assert Pretrained.open(tmp_path).shape["residual"] == "parallel_one_norm"
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [

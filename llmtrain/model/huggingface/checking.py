@@ -19,6 +19,9 @@ def versions() -> dict[str, str]:
 def logits_there(directory: Path, input_ids: Tensor) -> Tensor:
     """Logits [rows, T, V] of ids [rows, T] by the model that `transformers` loads in fp32, on the CPU."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     return model.eval()(input_ids).logits
