@@ -37,6 +37,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a key that belongs elsewhere": (["+deepspeed.train_batch_size=8"], "global_batch_size"),
     "a combination that computes wrongly": (["deepspeed=zero0", "precision=bf16"], "precision=bf16"),
     "FP8 where weights lie in parts": (["deepspeed=zero3", "precision=bf16", "fp8=rowwise"], "fp8=rowwise"),
+    "an attention backend that is not here": (["model/attention=flash"], "model.attention.backend=flash"),
     "an unknown way to compile": (["compile=maybe"], "compile=maybe"),
     "an unknown FP8 recipe": (["fp8=rowise"], "fp8=rowise"),
     "a file that is not there": (["data.sources.prose.path=nowhere/*.jsonl"], "data.sources.prose.path"),

@@ -108,8 +108,11 @@ class DecoderConfig(Config):
 
         Its kernel is chosen for the `use`; without one it is one that works everywhere.
         """
-        kernel = self.attention.kernel(Shape(self.d_head, self.position.has_slopes), use)
-        return Decoder(self, kernel, vocab_size=vocab_size, seq_len=seq_len)
+        return Decoder(self, self.kernel(use), vocab_size=vocab_size, seq_len=seq_len)
+
+    def kernel(self, use: Use | None = None) -> Kernel:
+        """The attention kernel for such a use; UserError where the one that is asked for cannot be had."""
+        return self.attention.kernel(Shape(self.d_head, self.position.has_slopes), use)
 
     def build(self, *, vocab_size: int, seq_len: int, seed: int) -> Decoder:
         """The decoder with its initial weights, a pure function of this config, the sizes and the seed."""

@@ -79,12 +79,14 @@ class Run:
 def check_start(config: TrainConfig, world: World) -> None:
     """UserError for what only the number of ranks or the disk can tell, before anything starts.
 
-    The text must be there, and a checkpoint that `resume` names; the global batch must divide into ranks and
-    micro-batches.
+    The text must be there, and a checkpoint that `resume` names; the attention backend and FP8, if asked for;
+    the global batch must divide into ranks and micro-batches.
     """
     check_inputs(config.data)
     if config.fp8:
         check_fp8(config.fp8)
+    if config.model.attention.backend != "auto":
+        config.model.kernel(attention_use(config, precision_here(config)))
     checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
     if checkpoint is not None and config.resume != "auto":
         step = read_record(checkpoint)["step"]
@@ -144,8 +146,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     tokenizer, step = prepared.tokenizer, 0
     train_sources, held_out = prepared.open()
     dataset = build_dataset(config, train_sources)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = config.deepspeed.resolve_precision(config.precision, device, distributed.fast_bf16_cpu())
+    precision = precision_here(config)
     checkpoint = distributed.broadcast_object(find_checkpoint(config.resume, directory.checkpoints))
     if checkpoint is not None:
         saved = read_record(checkpoint)
@@ -163,7 +164,8 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
             seq_len=config.seq_len,
             device=engine.device,
         )
-    stage, parameters = config.deepspeed.stage, engine.model.parameter_count
+    device, parameters = engine.device.type, engine.model.parameter_count
+    stage = config.deepspeed.stage
     logger.info(
         f"{parameters:,} parameters, {world.world_size} rank(s) on {device}, {precision}, ZeRO stage {stage}"
     )
@@ -250,6 +252,12 @@ def mixture_weights(data: DataConfig, sources: Mapping[str, ShardedSource]) -> M
     if epochs:
         return weights_from_epochs(epochs, {name: sources[name].tokens or 0 for name in epochs})
     return {name: source.weight for name, source in data.sources.items() if source.weight is not None}
+
+
+def precision_here(config: TrainConfig) -> ResolvedPrecision:
+    """The run's precision on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return config.deepspeed.resolve_precision(config.precision, device, distributed.fast_bf16_cpu())
 
 
 def attention_use(config: TrainConfig, precision: ResolvedPrecision) -> Use:
