@@ -33,6 +33,9 @@ from llmtrain.model.position import (
     RopeConfig,
 )
 
+GRAPHS = 64
+"""So many graphs a compiled block may have."""
+
 VOCABULARY_MULTIPLE = 128
 """Rows of the vocabulary's tables are padded to this: matrix products want round sizes."""
 
@@ -205,6 +208,8 @@ class Decoder(nn.Module):
         Equal blocks share one graph, bound to the shapes of a batch. So only what is called with gradients
         runs compiled: evaluation and sampling come in many shapes.
         """
+        # The default of 8 is soon used up by kernels whose documents come in rounded numbers, and is an error.
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         compute = torch.compile(Block.compute, fullgraph=True, dynamic=False, backend=backend)
         for block in self.blocks:
             assert isinstance(block, Block)

@@ -93,6 +93,15 @@ def test_all_blocks_are_one_graph_for_all_documents(changes: dict[str, Any]) -> 
     assert graphs.blocks == 2
 
 
+def test_many_shapes_are_no_error() -> None:
+    graphs = Graphs()
+    model = compiled(graphs)
+    for length in range(5, 17):
+        ids = packed_batch()["input_ids"][:, :length]
+        step(model, {"input_ids": ids, "labels": ids})
+    assert graphs.blocks == 12
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
 def test_losses_and_gradients_are_those_of_the_plain_model(precision: str, recompute: bool) -> None:
