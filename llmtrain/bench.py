@@ -1,4 +1,4 @@
-"""Measure llmtrain beside its peers: llmtrain bench data, llmtrain bench step."""
+"""Measure llmtrain beside its peers: llmtrain bench data, llmtrain bench step, llmtrain bench kernels."""
 
 from __future__ import annotations
 
@@ -61,6 +61,19 @@ def _write(path: Path, report: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def kernels(a: argparse.Namespace) -> None:
+    """Every attention backend for every mask: error against float64 and speed, on the device that is here."""
+    from llmtrain.benchmarks.kernels import compare_kernels, kernels_table, sizes_here
+
+    names = ("rows", "length", "heads", "kv_heads", "head_dim", "documents", "dtype")
+    sizes = sizes_here(**{name: getattr(a, name) for name in names})
+    report = compare_kernels(sizes, backends=a.backends, seconds=a.seconds, rounds=a.rounds)
+    shape = ", ".join(f"{name} {value}" for name, value in report["sizes"].items())
+    _say(f"\n{report['machine']['device']}: {shape}\n\n{kernels_table(report)}\n")
+    if a.output is not None:
+        _write(a.output, report)
+
+
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -87,8 +100,37 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--output", type=Path, help="a JSON file with every number")
     one.add_argument("--directory", type=Path, help="where its files are made and removed (default: TMPDIR)")
     one.set_defaults(run=step)
+    _kernels_options(benchmarks)
     a = parser.parse_args(argv)
     return plain_door(lambda: a.run(a))
+
+
+def _kernels_options(benchmarks: Any) -> None:
+    backends = ("eager", "sdpa", "flex", "flash", "flash4", "varlen")
+    one = benchmarks.add_parser(
+        "kernels", help="attention backends beside each other", description=kernels.__doc__
+    )
+    for name, words in {
+        "rows": "sequences of the batch",
+        "length": "positions of each",
+        "heads": "query heads",
+        "kv-heads": "key/value heads",
+        "head-dim": "width of a head",
+        "documents": "documents of a row, where there are several",
+    }.items():
+        one.add_argument(f"--{name}", type=_count, metavar="N", help=words)
+    one.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of q, k and v")
+    one.add_argument("--backends", nargs="+", choices=backends, default=backends, help="(default: all)")
+    one.add_argument("--seconds", type=float, default=0.2, help="of each measurement (default: 0.2)")
+    one.add_argument("--rounds", type=int, default=4, help="turns of each; medians are reported (default: 4)")
+    one.add_argument("--output", type=Path, help="a JSON file with every number that was measured")
+    one.set_defaults(run=kernels)
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 if __name__ == "__main__":

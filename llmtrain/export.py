@@ -3,32 +3,105 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmtrain.config.door import plain_door
 
+if TYPE_CHECKING:
+    from llmtrain.training.finished import FinishedRun
 
-def export(run: Path, output: Path, step: int | None) -> int:
-    """Write weights, config and tokenizer for `transformers`; returns the exported step."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+PROMPT = "In the beginning there was a word, and 2 + 2 was 4: so it is written. def main() -> None: pass"
+"""What the export and the run are compared on."""
+NOTE = "llmtrain_export.json"
+
+
+def export(run: Path, output: Path, step: int | None, dtype: str, max_shard_gb: float) -> dict[str, Any]:
+    """Write weights, config and tokenizer for `transformers`, and compare; returns what NOTE then says.
+
+    Weights are read and written a shard at a time. `output` appears when all of it is written.
+    """
     from llmtrain.config import UserError
-    from llmtrain.model.huggingface import export_llama
     from llmtrain.training.finished import open_finished
 
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; name a new directory")
     finished = open_finished(run, step)
-    export_llama(
-        output,
+    note = _write(finished, output, dtype, max_shard_gb)
+    note |= _compare(finished, output)
+    (output / NOTE).write_text(json.dumps(note, indent=2) + "\n")
+    return note
+
+
+def _write(finished: FinishedRun, output: Path, dtype: str, max_shard_gb: float) -> dict[str, Any]:
+    import shutil
+
+    import torch
+
+    from llmtrain import __version__
+    from llmtrain.model.huggingface import write_pretrained
+    from llmtrain.model.huggingface.checking import versions
+
+    aside = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    family = write_pretrained(
+        aside,
         finished.config.model,
-        finished.model.state_dict(),
+        finished.weights,
         vocab_size=finished.tokenizer.vocab_size,
         seq_len=finished.config.seq_len,
         bos_id=finished.tokenizer.bos_id,
         eos_id=finished.tokenizer.eos_id,
+        dtype=getattr(torch, DTYPES[dtype]),
+        max_shard_gb=max_shard_gb,
     )
-    finished.tokenizer.save(output)
-    return finished.step
+    finished.tokenizer.save(aside)
+    aside.rename(output)
+    return {
+        "run": finished.config.name,
+        "step": finished.step,
+        "family": family.name,
+        "dtype": dtype,
+        "versions": {"llmtrain": __version__, **versions()},
+    }
+
+
+def _compare(finished: FinishedRun, output: Path) -> dict[str, Any]:
+    """The largest difference of a logit between the run's fp32 weights here and the export in transformers.
+
+    One model is held at a time; where even that does not fit, the difference is null and a reason given.
+    """
+    import psutil
+    import torch
+
+    from llmtrain.model.huggingface.checking import logits_there
+
+    needed = 4 * sum(shape.numel() for shape in finished.weights.shapes())
+    free = psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        reason = f"{needed / 1e9:.1f} GB of weights do not fit into {free / 1e9:.1f} GB of free memory"
+        return {"max_logit_difference": None, "not_compared": reason}
+    ids = torch.from_numpy(finished.tokenizer.encode_batch([PROMPT])[0])[None, : finished.config.seq_len]
+    with torch.no_grad():
+        here = finished.model(ids.to(next(finished.model.parameters()).device)).cpu()
+    del finished.__dict__["model"]
+    difference = float((here - logits_there(output, ids.long())).abs().max())
+    return {"max_logit_difference": difference, "prompt": PROMPT, "positions": ids.shape[1]}
+
+
+def _told(note: dict[str, Any]) -> str:
+    if note["max_logit_difference"] is None:
+        return f"not compared with transformers: {note['not_compared']}"
+    return f"largest logit difference to transformers {note['max_logit_difference']:.2g}"
+
+
+def _size(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return float(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,11 +109,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("output", type=Path, help="a new directory for the Hugging Face files")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument(
+        "--max-shard-gb", type=_size, default=5.0, help="size of a file, and memory needed (default: 5)"
+    )
     a = parser.parse_args(argv)
 
     def run() -> None:
-        step = export(a.run, a.output, a.step)
-        sys.stdout.write(f"step {step} of {a.run} -> {a.output}\n")
+        note = export(a.run, a.output, a.step, a.dtype, a.max_shard_gb)
+        what = f"{note['family']}, {note['dtype']}; {_told(note)}"
+        sys.stdout.write(f"step {note['step']} of {a.run} -> {a.output}: {what}\n")
 
     return plain_door(run)
 

@@ -115,8 +115,9 @@ def test_dependencies_are_what_is_imported():
     outside = {module for module in graph.modules if not module.startswith("llmtrain")}
     imported = outside - set(sys.stdlib_module_names)
     declared = requirement_names(project["dependencies"])
-    extra = {"flash_attn"} | requirement_names(project["optional-dependencies"]["fast"])
+    optional = project["optional-dependencies"]
+    extra = {"flash_attn"} | requirement_names(optional["fast"]) | requirement_names(optional["fp8"])
     peers = {"grain", "litdata", "megatron", "streaming"}  # benchmarks compare with them where they are
     assert peers <= imported
     assert imported - extra - peers <= declared
-    assert declared - imported == {"psutil", "zstandard"}  # launch/supervise.py; datasets, for .zst files
+    assert declared - imported == {"zstandard"}  # datasets, for .zst files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Union, get_args
 
 from pydantic import (
@@ -37,6 +37,11 @@ class Config(BaseModel):
         validate_default=True,
         coerce_numbers_to_str=True,
     )
+
+    @classmethod
+    def complete(cls, value: Mapping[str, Any], given: Collection[str]) -> Mapping[str, Any]:
+        """What other files add to the composed keys, before validation; `given`: keys of the command line."""
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

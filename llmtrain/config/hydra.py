@@ -69,7 +69,7 @@ def compose(
     with _one_line_errors():
         value = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     unset = sorted(OmegaConf.missing_keys(composed))
-    value = _without_missing(value)
+    value = dict(root.complete(_without_missing(value), {_key(word) for word in overrides}))
     try:
         config = root.model_validate(value)
     except ValidationError as error:
@@ -293,10 +293,15 @@ def _with_new_key(overrides: Sequence[str], message: str) -> list[str]:
     return [f"++{word}" if start and word.startswith(start) else word for word in overrides]
 
 
+def _key(override: str) -> str:
+    """The key, or the group, that an override of the command line names."""
+    return override.lstrip("+~").partition("=")[0]
+
+
 def _refuse_job_options(overrides: Sequence[str]) -> None:
     """Hydra's own keys would be accepted and do nothing, because its job runner is not used."""
     for word in overrides:
-        key = word.lstrip("+~").partition("=")[0]
+        key = _key(word)
         if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
             raise UserError(
                 f"{word}: Hydra composes the config and does nothing else here, so this has no effect"

@@ -5,6 +5,7 @@ Letters: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Literal, overload
 
@@ -19,9 +20,9 @@ from llmtrain.model.attention import Attention, Context
 from llmtrain.model.documents import Documents
 from llmtrain.model.feed_forward import FeedForwardKind, build_feed_forward
 from llmtrain.model.init import initialize_parameters
-from llmtrain.model.kernels import AttentionConfig, Kernel
+from llmtrain.model.kernels import AttentionConfig, Kernel, Shape, Use
 from llmtrain.model.layers import Embedding, compute_dtype
-from llmtrain.model.loss import Losses, head_losses
+from llmtrain.model.loss import Losses, Softmax, head_losses, softmax_
 from llmtrain.model.norm import NormKind, build_norm
 from llmtrain.model.position import (
     AlibiConfig,
@@ -31,6 +32,9 @@ from llmtrain.model.position import (
     PositionConfig,
     RopeConfig,
 )
+
+GRAPHS = 64
+"""So many graphs a compiled block may have."""
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the vocabulary's tables are padded to this: matrix products want round sizes."""
@@ -102,9 +106,16 @@ class DecoderConfig(Config):
         """Width of a head."""
         return self.head_dim or self.d_model // self.n_heads
 
-    def assemble(self, *, vocab_size: int, seq_len: int) -> Decoder:
-        """The decoder with its weights not yet drawn: `initialize_parameters` or a state dict comes next."""
-        return Decoder(self, self.attention.kernel(), vocab_size=vocab_size, seq_len=seq_len)
+    def assemble(self, *, vocab_size: int, seq_len: int, use: Use | None = None) -> Decoder:
+        """The decoder with its weights not yet drawn: `initialize_parameters` or a state dict comes next.
+
+        Its kernel is chosen for the `use`; without one it is one that works everywhere.
+        """
+        return Decoder(self, self.kernel(use), vocab_size=vocab_size, seq_len=seq_len)
+
+    def kernel(self, use: Use | None = None) -> Kernel:
+        """The attention kernel for such a use; UserError where the one that is asked for cannot be had."""
+        return self.attention.kernel(Shape(self.d_head, self.position.has_slopes), use)
 
     def build(self, *, vocab_size: int, seq_len: int, seed: int) -> Decoder:
         """The decoder with its initial weights, a pure function of this config, the sizes and the seed."""
@@ -125,6 +136,9 @@ class Decoder(nn.Module):
         self.vocab_size, self.seq_len, self.n_layers = vocab_size, seq_len, config.n_layers
         self.activation_checkpointing = False
         """Whether the backward pass computes a block's activations again instead of keeping them."""
+        self.z_loss = 0.0
+        """What a target's squared log normaliser costs in the total loss; 0 is nothing."""
+        self._softmax: Softmax = softmax_
 
         self.embedding = Embedding(padded(vocab_size), config.d_model)
         self.position: Position = config.position.build(
@@ -184,7 +198,23 @@ class Decoder(nn.Module):
         x = self.final_norm(x)
         if labels is None:
             return head(x, F.linear)[..., : self.vocab_size]
-        return head(x, partial(head_losses, labels=labels, vocab_size=self.vocab_size))
+        softmax = self._softmax if torch.is_grad_enabled() else softmax_
+        loss = partial(head_losses, vocab_size=self.vocab_size, z_loss=self.z_loss, softmax=softmax)
+        return head(x, partial(loss, labels=labels))
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks and the softmax of the loss, at their first call; names of parameters stay.
+
+        Equal blocks share one graph, bound to the shapes of a batch. So only what is called with gradients
+        runs compiled: evaluation and sampling come in many shapes.
+        """
+        # The default of 8 is soon used up by kernels whose documents come in rounded numbers, and is an error.
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        compute = torch.compile(Block.compute, fullgraph=True, dynamic=False, backend=backend)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.in_training = compute
+        self._softmax = torch.compile(softmax_, backend=backend)
 
     def _through(self, block: nn.Module, x: Tensor, context: Context) -> Tensor:
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
@@ -219,6 +249,8 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, position: Position, kernel: Kernel) -> None:
         super().__init__()
         self.parallel = config.residual != "sequential"
+        self.in_training: Callable[[Block, Tensor, Context], Tensor] = Block.compute
+        """`compute`, or its compiled twin."""
         self.attention_norm = build_norm(config.norm, config.d_model, config.norm_eps)
         self.attention = Attention(
             config.d_model,
@@ -239,7 +271,15 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d_model] -> the same."""
+        """[B, T, d_model] -> the same.
+
+        What is compiled lies below this call, so that hooks on a block, ZeRO-3's among them, stay outside.
+        """
+        compute = self.in_training if torch.is_grad_enabled() else Block.compute
+        return compute(self, x, context)
+
+    def compute(self, x: Tensor, context: Context) -> Tensor:
+        """The block itself."""
         normed = self.attention_norm(x)
         attended = x + self.attention(normed, context)
         if self.feed_forward_norm is not None:

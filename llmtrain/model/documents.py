@@ -38,6 +38,21 @@ class Documents:
         return torch.searchsorted(starts, positions, right=True).view(self.rows, self.length)
 
     @cached_property
+    def starts(self) -> Tensor:
+        """int32 [2^n + 1]: where each document starts, then B * T once and for every empty one after it.
+
+        Documents vary in number from batch to batch; lengths that are rounded up so keep a compiled block
+        from being compiled for every one of them.
+        """
+        given = self.cu_seqlens
+        if given is None:
+            given = torch.arange(self.rows + 1, device=self.device) * self.length
+        places = 1 << (given.shape[0] - 2).bit_length()
+        starts = torch.full((places + 1,), self.rows * self.length, dtype=torch.int32, device=self.device)
+        starts[: given.shape[0]] = given
+        return starts
+
+    @cached_property
     def allowed(self) -> Tensor:
         """bool [B or 1, 1, T, T]: query i may see key j when j <= i and both are of one document."""
         ids = self.ids

@@ -11,7 +11,7 @@ Tables are plain attributes, not buffers: a cast of the model to bf16 must not t
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
@@ -188,6 +188,9 @@ class Llama3Scaling(RopeScaling):
 class PositionConfig(Config):
     """What `model.position` may hold; a part of one's own is a subclass, chosen by its `_target_`."""
 
+    has_slopes: ClassVar[bool] = False
+    """Whether the part has `slopes`, which not every attention kernel can use."""
+
     def check(self, head_dim: int) -> None:
         """Raises ValueError where this part cannot work with such heads. Every head will do by default."""
 
@@ -220,6 +223,7 @@ class RopeConfig(PositionConfig):
 class AlibiConfig(PositionConfig):
     """Linear biases by distance."""
 
+    has_slopes: ClassVar[bool] = True
     kind: Literal["alibi"]
     scaled: bool
     """Whether slopes are divided by sqrt(head_dim), as if added before the scores are scaled (Falcon)."""

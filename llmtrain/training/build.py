@@ -20,6 +20,9 @@ from llmtrain.data.prepare import Prepared, check_inputs
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
 from llmtrain.model import Decoder
+from llmtrain.model.fp8 import check_fp8, convert_to_fp8
+from llmtrain.model.kernels import Use
+from llmtrain.model.kernels.probe import check_isolation
 from llmtrain.optim.schedules import Schedule
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llmtrain.training.callbacks import Callback
@@ -79,10 +82,14 @@ class Run:
 def check_start(config: TrainConfig, world: World) -> None:
     """UserError for what only the number of ranks or the disk can tell, before anything starts.
 
-    The text must be there, and a checkpoint that `resume` names; the global batch must divide into ranks and
-    micro-batches.
+    The text must be there, and a checkpoint that `resume` names; the attention backend and FP8, if asked for;
+    the global batch must divide into ranks and micro-batches.
     """
     check_inputs(config.data)
+    if config.fp8:
+        check_fp8(config.fp8)
+    if config.model.attention.backend != "auto":
+        config.model.kernel(attention_use(config, precision_here(config)))
     checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
     if checkpoint is not None and config.resume != "auto":
         step = read_record(checkpoint)["step"]
@@ -142,15 +149,26 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     tokenizer, step = prepared.tokenizer, 0
     train_sources, held_out = open_alike(prepared)
     dataset = build_dataset(config, train_sources)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = config.deepspeed.resolve_precision(config.precision, device, distributed.fast_bf16_cpu())
+    precision = precision_here(config)
     checkpoint = distributed.broadcast_object(find_checkpoint(config.resume, directory.checkpoints))
     if checkpoint is not None:
         saved = read_record(checkpoint)
         check_record(checkpoint, saved, describe_run(config, world, tokenizer, precision))
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
-    engine = build_model_engine(config, world, tokenizer.vocab_size, len(dataset.names), precision)
-    stage, parameters = config.deepspeed.stage, engine.model.parameter_count
+    engine = build_model_engine(
+        config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
+    )
+    if config.fp8 != "tensorwise":  # which scales a tensor by its largest value: all tokens move all others
+        check_isolation(
+            engine.logits,
+            backend=engine.model.kernel.name,
+            documents=config.data.documents == "separate",
+            vocab_size=tokenizer.vocab_size,
+            seq_len=config.seq_len,
+            device=engine.device,
+        )
+    device, parameters = engine.device.type, engine.model.parameter_count
+    stage = config.deepspeed.stage
     logger.info(
         f"{parameters:,} parameters, {world.world_size} rank(s) on {device}, {precision}, ZeRO stage {stage}"
     )
@@ -214,7 +232,7 @@ def describe_run(
         "stage": config.deepspeed.stage,
         "precision": precision,
         "tokenizer": tokenizer.fingerprint,
-        "model": config.model.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json", exclude={"init_from"}),
     }
 
 
@@ -253,20 +271,48 @@ def mixture_weights(data: DataConfig, sources: Mapping[str, ShardedSource]) -> M
     return {name: source.weight for name, source in data.sources.items() if source.weight is not None}
 
 
+def precision_here(config: TrainConfig) -> ResolvedPrecision:
+    """The run's precision on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return config.deepspeed.resolve_precision(config.precision, device, distributed.fast_bf16_cpu())
+
+
+def attention_use(config: TrainConfig, precision: ResolvedPrecision) -> Use:
+    """What attention is used for in this run, on this machine."""
+    return Use(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        documents=config.data.documents == "separate",
+    )
+
+
 def build_model_engine(
-    config: TrainConfig, world: World, vocab_size: int, sources: int, precision: ResolvedPrecision
+    config: TrainConfig,
+    world: World,
+    vocab_size: int,
+    sources: int,
+    precision: ResolvedPrecision,
+    goes_on: bool = False,
 ) -> Engine:
-    """The decoder with its initial weights under DeepSpeed."""
-    from llmtrain.model.init import initialize_parameters
+    """The decoder with its first weights under DeepSpeed. A run that `goes_on` gets others after it."""
+    from llmtrain.training.pretrained import Initialize
 
     def construct() -> Decoder:
-        decoder = config.model.assemble(vocab_size=vocab_size, seq_len=config.seq_len)
+        decoder = config.model.assemble(
+            vocab_size=vocab_size, seq_len=config.seq_len, use=attention_use(config, precision)
+        )
         decoder.activation_checkpointing = config.activation_checkpointing
+        decoder.z_loss = config.z_loss
+        if config.fp8:
+            names = convert_to_fp8(decoder, config.fp8)
+            logger.info(f"fp8={config.fp8}: {len(names)} matrices of the blocks multiply in FP8")
+        if config.compile is True or (config.compile == "auto" and torch.cuda.is_available()):
+            decoder.compile_blocks()
         return decoder
 
     return build_engine(
         construct=construct,
-        initialize=lambda decoder, gather: initialize_parameters(decoder, config.seed, gather),
+        initialize=Initialize(config, vocab_size, goes_on),
         config=config.deepspeed,
         optimizer=config.optimizer,
         precision=precision,

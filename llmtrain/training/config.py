@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llmtrain.config import Config, choice
 from llmtrain.data.config import DataConfig
 from llmtrain.model import DecoderConfig
+from llmtrain.model.fp8 import Fp8Recipe
 from llmtrain.optim.adamw import AdamWConfig, OptimizerConfig
 from llmtrain.optim.schedules import (
     ConstantConfig,
@@ -37,6 +39,13 @@ class CallbacksConfig(Config):
     sample: SampleConfig
 
 
+class ModelConfig(DecoderConfig):
+    """The decoder of a run."""
+
+    init_from: Path | None
+    """A Hugging Face directory whose weights the run begins with, and whose shape it has."""
+
+
 class TrainConfig(Config):
     """One training run. conf/ says what each key means and sets its default."""
 
@@ -47,12 +56,15 @@ class TrainConfig(Config):
     global_batch_size: Count
     micro_batch_size: Count
     precision: Precision
+    fp8: Literal[False] | Fp8Recipe
+    compile: bool | Literal["auto"]
     activation_checkpointing: bool
+    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     output_dir: Path
     cache_dir: Path
     resume: str
     log_every: Count
-    model: DecoderConfig
+    model: ModelConfig
     tokenizer: choice(TokenizerConfig, SentencePieceConfig, HuggingFaceConfig, BytesConfig)  # type: ignore[valid-type]
     data: DataConfig
     optimizer: choice(OptimizerConfig, AdamWConfig)  # type: ignore[valid-type]
@@ -64,13 +76,29 @@ class TrainConfig(Config):
     callbacks: CallbacksConfig
     logger: LoggerConfig
 
+    @classmethod
+    def complete(cls, value: Mapping[str, Any], given: Collection[str]) -> Mapping[str, Any]:
+        """With the shape of `model.init_from`."""
+        from llmtrain.training.pretrained import with_shape
+
+        return with_shape(value, given)
+
     @model_validator(mode="after")
     def _runs_right(self) -> Self:
-        """Refuse what DeepSpeed 0.19.8 computes wrongly."""
+        """Refuse what DeepSpeed 0.19.8 computes wrongly, and what does not fit together."""
         if self.deepspeed.stage == 0 and self.precision == "bf16":
             raise ValueError(
                 "precision=bf16 with deepspeed=zero0: DeepSpeed takes a spurious first optimizer step there, "
                 "and the losses are wrong; use precision=bf16_autocast, or deepspeed=zero1"
+            )
+        if self.fp8 and self.deepspeed.stage == 3:
+            raise ValueError(
+                f"fp8={self.fp8} with deepspeed=zero3: ZeRO-3 holds weights in parts, FP8 scales whole ones; "
+                "use deepspeed=zero2, or fp8=false"
+            )
+        if self.fp8 and self.precision == "fp32":
+            raise ValueError(
+                f"fp8={self.fp8} with precision=fp32: FP8 is a step below bf16; use precision=auto"
             )
         curriculum = self.data.curriculum
         if curriculum is not None and curriculum.from_length > self.seq_len:

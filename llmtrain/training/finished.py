@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from llmtrain.model import Decoder
 from llmtrain.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.training.checkpoint import checkpoints, read_record
 from llmtrain.training.config import TrainConfig
-from llmtrain.training.engine.weights import consolidated_weights
+from llmtrain.training.engine.weights import CheckpointWeights
 from llmtrain.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -33,15 +34,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run with the weights of one of its checkpoints, in fp32 on one device."""
+    """A run at one of its checkpoints."""
 
     path: Path
     step: int
     config: TrainConfig
     tokenizer: Tokenizer
-    model: Decoder
+    weights: CheckpointWeights
+    """By parameter name, fp32 on the CPU; each is read when it is asked for."""
     record: dict[str, Any]
     """What the checkpoint says of itself."""
+
+    @cached_property
+    def model(self) -> Decoder:
+        """The decoder with these weights, in fp32 on one device."""
+        model = self.config.model.assemble(vocab_size=self.tokenizer.vocab_size, seq_len=self.config.seq_len)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.weights[name])
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def sources(self) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
         """Training and held-out text: the shards it was trained on, or the same text prepared again.
@@ -160,10 +171,8 @@ def open_finished(path: Path, step: int | None = None) -> FinishedRun:
         raise UserError(f"{path}: no checkpoint of step {step}; there are {', '.join(map(str, found))}")
     record = read_record(found[step])
     tokenizer = load_tokenizer(path / "tokenizer")
-    model = config.model.assemble(vocab_size=tokenizer.vocab_size, seq_len=config.seq_len)
-    model.load_state_dict(consolidated_weights(found[step], record["stage"], record["precision"]))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return FinishedRun(path, step, config, tokenizer, model.to(device), record)
+    weights = CheckpointWeights(found[step], record["stage"])
+    return FinishedRun(path, step, config, tokenizer, weights, record)
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -1,8 +1,7 @@
-"""Norms and feed-forward parts against torch's formulas, kernels' choice, documents' masks."""
+"""Norms and feed-forward parts against torch's formulas, documents' masks."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.model.documents import Documents
 from llmtrain.model.feed_forward import build_feed_forward
-from llmtrain.model.kernels import AttentionConfig, eager, sdpa
+from llmtrain.model.kernels import eager
 from llmtrain.model.kernels.base import repeat_heads
 from llmtrain.model.norm import build_norm
 from tests.model.small import PACKED, POSITIONS, SEQ_LEN, decoder, packed_batch, relative_error
@@ -48,15 +47,6 @@ def test_swiglu_and_gelu_are_their_formulas() -> None:
     gate, up = swiglu.gate_up.weight[:24], swiglu.gate_up.weight[24:]
     torch.testing.assert_close(swiglu(x), (F.silu(x @ gate.T) * (x @ up.T)) @ swiglu.down.weight.T)
     torch.testing.assert_close(gelu(x), F.gelu(x @ gelu.up.weight.T) @ gelu.down.weight.T)
-
-
-def test_auto_says_what_it_took_and_why(caplog: pytest.LogCaptureFixture) -> None:
-    config = AttentionConfig
-    with caplog.at_level(logging.INFO, "llmtrain"):
-        assert config(backend="auto").kernel() is sdpa.KERNEL
-    assert "backend=auto: sdpa (" in caplog.text
-    assert config(backend="sdpa").kernel() is sdpa.KERNEL
-    assert config(backend="eager").kernel() is eager.KERNEL
 
 
 def recorded_masks(monkeypatch: pytest.MonkeyPatch, position: str, packed: bool) -> list[Tensor | None]:

@@ -9,6 +9,7 @@ from llmtrain import distributed
 from llmtrain.config.hydra import compose
 from llmtrain.data.batch import Batch
 from llmtrain.distributed import World
+from llmtrain.model.decoder import Block
 from llmtrain.training.build import build_model_engine
 from llmtrain.training.config import TrainConfig
 
@@ -46,6 +47,13 @@ def test_activation_checkpointing_keeps_fewer_tensors(tiny):
         kept[setting] = sum(sizes)
         engine.close()
     assert kept["true"] < kept["false"] / 2
+
+
+def test_compile_is_on_where_it_is_asked_for(tiny):
+    for setting, expected in (("true", True), ("false", False), ("auto", torch.cuda.is_available())):
+        _, engine = build([*tiny, "deepspeed=zero0", f"compile={setting}"])
+        assert all((block.in_training is not Block.compute) == expected for block in engine.model.blocks)
+        engine.close()
 
 
 def test_losses_are_summed_by_source(tiny):

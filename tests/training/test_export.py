@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from llmtrain.export import main as export_main
 from llmtrain.training.finished import open_finished
@@ -65,8 +68,56 @@ def test_an_option_without_a_home_is_refused_by_name(ranks, tiny, tmp_path, caps
     assert export_main([str(tmp_path / "run"), str(tmp_path / "exported")]) == 78
     error = capsys.readouterr().err
     assert "model.position=alibi" in error
-    assert "yet" in error
-    assert not (tmp_path / "exported").exists()
+    assert "the nearest is Falcon, which has" in error
+    assert [path.name for path in tmp_path.iterdir() if "exported" in path.name] == []
+
+
+def test_an_export_says_what_it_is_and_how_far_from_the_run(ranks, tiny, tmp_path, capsys):
+    ranks.run([*tiny, "max_steps=2", "name=mine"], 1, tmp_path)
+    run, output = str(tmp_path / "run"), tmp_path / "exported"
+    assert export_main([run, str(output), "--max-shard-gb", "1e-4"]) == 0
+    told = capsys.readouterr().out
+    note = json.loads((output / "llmtrain_export.json").read_text())
+    versions = note.pop("versions")
+    assert {"llmtrain", "torch", "transformers"} == {*versions}
+    assert (note["run"], note["step"], note["family"], note["dtype"]) == ("mine", 2, "Llama", "fp32")
+    assert 0 <= note["max_logit_difference"] < 1e-5
+    assert f"Llama, fp32; largest logit difference to transformers {note['max_logit_difference']:.2g}" in told
+    assert len([*output.glob("model-0000?-of-0000?.safetensors")]) > 2
+
+    assert export_main([run, f"{output}-bf16", "--dtype", "bf16", "--step", "2"]) == 0
+    rounded = json.loads((tmp_path / "exported-bf16" / "llmtrain_export.json").read_text())
+    assert 1e-5 < rounded["max_logit_difference"] < 0.1  # what rounding the weights costs
+    assert rounded["dtype"] == "bf16"
+
+
+def test_a_model_that_does_not_fit_is_not_compared(ranks, tiny, tmp_path, capsys, monkeypatch):
+    import psutil
+
+    ranks.run([*tiny, "max_steps=1"], 1, tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert export_main([str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    assert "not compared with transformers: " in capsys.readouterr().out
+    note = json.loads((tmp_path / "exported" / "llmtrain_export.json").read_text())
+    assert note["max_logit_difference"] is None
+    assert "do not fit" in note["not_compared"]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_weights_are_those_that_deepspeed_reads(ranks, tiny, tmp_path, stage, precision):
+    """The same fp32 values as its own converter; where that one cannot read, as the saved module."""
+    words = [f"deepspeed=zero{stage}", f"precision={precision}", "model.bias=all", "max_steps=2"]
+    ranks.run([*tiny, *words], 2, tmp_path)
+    finished = open_finished(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    files = sorted((checkpoint / "engine").glob("*model_states.pt"))
+    module = torch.load(files[0], weights_only=False)["module"]
+    if stage >= 2:
+        module = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
+    assert finished.weights.keys() == module.keys()
+    for name, value in finished.weights.items():
+        expected = module[name]
+        assert torch.equal(value.to(expected.dtype), expected)
 
 
 def test_an_existing_directory_is_not_written_into(ranks, tiny, tmp_path, capsys):

@@ -13,6 +13,7 @@ from llmtrain import distributed
 from llmtrain.data.batch import IGNORED, Batch
 from llmtrain.distributed import World
 from llmtrain.model import Decoder, Losses
+from llmtrain.model.decoder import Block
 from llmtrain.model.init import Gather
 from llmtrain.optim.adamw import OptimizerConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
@@ -38,6 +39,7 @@ def build_engine(
     """
     import deepspeed
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import set_z3_leaf_modules
 
     settings = config.settings(
         micro_batch_size=micro_batch_size,
@@ -49,6 +51,8 @@ def build_engine(
     with deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else nullcontext():
         model = construct()
     if partitioned:
+        # One gather and one hook a block, not one a matrix; and none inside, where blocks are compiled.
+        set_z3_leaf_modules(model, [Block])
         initialize(model, lambda parameter: GatheredParameters(parameter, modifier_rank=0))
     else:
         initialize(model, nullcontext)
@@ -123,10 +127,15 @@ class Engine:
         return self._forward(batch.to(self.device)).rows
 
     @torch.no_grad()
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, T, V] of ids [rows, T]."""
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [rows, T, V] of ids [rows, T]; see Decoder for the rest."""
         self.deepspeed.eval()
-        return self.deepspeed(input_ids.to(self.device))
+        return self.deepspeed(input_ids.to(self.device), None, position_ids, cu_seqlens)
 
     def save(self, directory: Path) -> None:
         """Write this rank's part of the engine's state below `directory`, or raise what went wrong here.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmtrain import distributed
-from llmtrain.training.engine.config import ResolvedPrecision
 
 
 @contextmanager
@@ -38,41 +36,81 @@ def allow_state_classes() -> Iterator[None]:
             os.environ[name] = before
 
 
-def consolidated_weights(
-    directory: Path, stage: int, precision: ResolvedPrecision
-) -> dict[str, torch.Tensor]:
+class CheckpointWeights(Mapping[str, torch.Tensor]):
     """The whole model's fp32 weights by parameter name, from a checkpoint's engine files on the CPU.
 
-    Needs neither the ranks nor the device that wrote them.
+    Needs neither the ranks nor the device that wrote them. The files are mapped: a weight takes memory from
+    when it is asked for, and nothing of it is kept here.
     """
-    distributed.quiet_deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    silence = io.StringIO()  # it prints as it goes, and draws a bar
-    with allow_state_classes(), redirect_stdout(silence), redirect_stderr(silence):
-        if stage == 0:
-            state = _load(directory / "engine" / "mp_rank_00_model_states.pt")["module"]
-        elif stage == 1 and precision == "bf16":
-            state = _of_bf16_optimizer(directory / "engine")
-        else:
-            state = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="engine")
-    return {name: tensor.float() for name, tensor in state.items()}
+    def __init__(self, directory: Path, stage: int) -> None:
+        distributed.quiet_deepspeed()
+        from deepspeed.utils import zero_to_fp32 as names
+
+        engine = str(directory / "engine")
+        with allow_state_classes():
+            model = _map(names.get_model_state_files(engine)[0])
+            if stage == 0:
+                self._pieces: dict[str, Pieces] = {
+                    name: (value.shape, [value.flatten()]) for name, value in model["module"].items()
+                }
+                return
+            ranks = [_map(file)["optimizer_state_dict"] for file in names.get_optim_files(engine)]
+        pieces = _of_partitioned_parameters if stage == 3 else _of_partitioned_groups
+        self._pieces = dict(pieces(model["param_shapes"], ranks))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape, pieces = self._pieces[name]
+        return torch.cat(pieces)[: shape.numel()].view(shape).float()
+
+    def shapes(self) -> list[torch.Size]:
+        """Of every weight, in their order; nothing is read."""
+        return [shape for shape, _ in self._pieces.values()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
 
 
-def _of_bf16_optimizer(directory: Path) -> dict[str, torch.Tensor]:
-    """The masters that DeepSpeed's BF16_Optimizer saved.
-
-    They are laid out as under ZeRO 1, but without the mark by which DeepSpeed's own reader knows the stage.
-    """
-    from deepspeed.utils import zero_to_fp32 as reader
-
-    optimizers = [
-        _load(Path(file))["optimizer_state_dict"] for file in reader.get_optim_files(str(directory))
-    ]
-    groups = [optimizer["single_partition_of_fp32_groups"] for optimizer in optimizers]
-    models = reader.parse_model_states(reader.get_model_state_files(str(directory)))
-    return reader._get_fp32_state_dict_from_zero2_checkpoint(len(optimizers), groups, models, False)
+Pieces = tuple[torch.Size, list[torch.Tensor]]
+"""A parameter's shape, and the runs of elements that make it, flat and mapped."""
+Shapes = Sequence[Mapping[str, torch.Size]]
+"""The parameters of each of the optimizer's groups, in order."""
 
 
-def _load(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)
+def _of_partitioned_groups(groups: Shapes, ranks: Sequence[Any]) -> Iterator[tuple[str, Pieces]]:
+    """ZeRO 1 and 2: a group's parameters stand end to end, with gaps, and each rank has a part of that."""
+    gaps = ranks[0].get("param_alignment_paddings")
+    for number, group in enumerate(groups):
+        flat = [rank["single_partition_of_fp32_groups"][number] for rank in ranks]
+        offset = 0
+        for place, (name, shape) in enumerate(group.items()):
+            yield name, (shape, _cut(flat, offset, shape.numel()))
+            offset += shape.numel() + (gaps[number][place] if gaps else 0)
+
+
+def _of_partitioned_parameters(groups: Shapes, ranks: Sequence[Any]) -> Iterator[tuple[str, Pieces]]:
+    """ZeRO 3: each rank has a part of every parameter, the last one filled up."""
+    offset = 0
+    for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
+        part = -(-shape.numel() // len(ranks))
+        yield name, (shape, [run for rank in ranks for run in _cut(rank["fp32_flat_groups"], offset, part)])
+        offset += part
+
+
+def _cut(flat: Sequence[torch.Tensor], start: int, count: int) -> list[torch.Tensor]:
+    """The `count` elements from `start` on of tensors that stand end to end."""
+    runs = []
+    for tensor in flat:
+        if count > 0 and start < len(tensor):
+            runs.append(tensor[start : start + count])
+            count -= len(runs[-1])
+        start = max(0, start - len(tensor))
+    assert count <= 0, "the checkpoint's files hold less than its parameters"
+    return runs
+
+
+def _map(file: str) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -1,0 +1,105 @@
+"""FP8 matrices through torchao, emulated on a CPU: which ones, how close, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from llmtrain.config import UserError
+from llmtrain.config.hydra import compose
+from llmtrain.model import Decoder
+from llmtrain.model.fp8 import check_fp8, convert_to_fp8
+from llmtrain.training.config import TrainConfig
+from tests.model.small import decoder, packed_batch, relative_error
+
+NAMES = ["attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down"]
+
+
+def shape(**changes: Any) -> Decoder:
+    return decoder(**{"sharp": False, "attention": {"backend": "sdpa"}, "bias": "all"} | changes)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_losses_and_gradients_are_near_those_of_bf16(recipe: Any, compiles: bool) -> None:
+    """e4m3 has 3 bits after the point, e5m2 2: products are off by about 3 %, a loss by far less."""
+    torch._dynamo.reset()
+    plain, ours = shape().bfloat16(), shape().bfloat16()
+    assert convert_to_fp8(ours, recipe) == [f"{layer}.{name}" for layer in (0, 1) for name in NAMES]
+    if compiles:
+        ours.compile_blocks("aot_eager")
+    results = []
+    for model in (plain, ours):
+        losses = model(**packed_batch())
+        losses.total.backward()
+        results.append((losses.rows, {name: p.grad for name, p in model.named_parameters()}))
+    (expected, gradients), (rows, found) = results
+    assert 0 < relative_error(rows, expected) < 1e-3
+    for name, gradient in gradients.items():
+        assert relative_error(found[name], gradient) < 0.2, name
+
+
+def test_weights_and_their_names_stay() -> None:
+    plain, ours = shape(), shape()
+    convert_to_fp8(ours, "tensorwise")
+    state = ours.state_dict()
+    assert [*state] == [*plain.state_dict()]
+    assert all(torch.equal(state[name], weight) for name, weight in plain.state_dict().items())
+    plain.load_state_dict(state)
+
+
+def test_only_matrices_of_round_sizes_are_converted() -> None:
+    """d_ff=24 leaves the feed-forward part as it is; the head and the norms of q and k never change."""
+    model = shape(d_ff=24, qk_norm=True, tie_embeddings=False, feed_forward="gelu")
+    assert convert_to_fp8(model, "rowwise") == [f"{layer}.{name}" for layer in (0, 1) for name in NAMES[:2]]
+    with pytest.raises(UserError, match=r"fp8=rowwise: no matrix .* multiples of 16: change model\.d_model"):
+        convert_to_fp8(shape(d_model=24, d_ff=24), "rowwise")
+
+
+def test_without_torchao_the_way_to_get_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(UserError, match=r"fp8=rowwise: torchao .*pip install 'llmtrain\[fp8\]'"):
+        check_fp8("rowwise")
+
+
+def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    with pytest.raises(UserError, match=r"NVIDIA A100 has compute capability 8\.0, FP8 needs 8\.9"):
+        check_fp8("tensorwise")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["deepspeed=zero3"], "fp8=tensorwise with deepspeed=zero3"),
+        (["precision=fp32"], "fp8=tensorwise with precision=fp32"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny: list[str], overrides: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        compose(TrainConfig, [*tiny, "precision=bf16", "fp8=tensorwise", *overrides])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8 on CUDA"
+)
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_on_a_gpu_losses_are_near_those_of_bf16(recipe: Any, compiles: bool) -> None:
+    torch._dynamo.reset()
+    sizes = {"d_model": 256, "d_ff": 512, "n_heads": 4}
+    plain, ours = (shape(**sizes).cuda().bfloat16() for _ in range(2))
+    convert_to_fp8(ours, recipe)
+    if compiles:
+        ours.compile_blocks()
+    batch = {name: tensor.cuda() for name, tensor in packed_batch().items()}
+    expected, losses = plain(**batch), ours(**batch)
+    losses.total.backward()
+    assert relative_error(losses.rows, expected.rows) < 1e-2
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
