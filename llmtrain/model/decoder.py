@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         Equal blocks share one graph, bound to the shapes of a batch. So only what is called with gradients
         runs compiled: evaluation and sampling come in many shapes.
         """
-        # The default of 8 is soon used up by kernels whose documents come in rounded numbers, and is an error.
+        # The default, 8, is soon used up by kernels whose documents come in rounded numbers: an error.
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         compute = torch.compile(Block.compute, fullgraph=True, dynamic=False, backend=backend)
         for block in self.blocks:

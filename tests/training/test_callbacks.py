@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from llmtrain.config import UserError
+from llmtrain.config.hydra import compose
 from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.shards import Header, ShardedSource, ShardWriter, shard_path, write_index
