@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from llmtrain.config.hydra import compose
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.sizing.memory import Layout, memory
@@ -28,4 +30,4 @@ def test_predicted_beside_measured(ranks, tiny, tmp_path):
     assert sum(seconds) * 0.9 < event["measured_seconds"] * 10 < sum(seconds) * 3 + 1
     assert event["measured_tokens_per_second"] == 8 * 64 / event["measured_seconds"]
     assert job.output().count("tokens/s predicted") == 1
-    assert "GiB at the peak predicted, " in job.output()
+    assert ("GiB at the peak predicted" in job.output()) == torch.cuda.is_available()

@@ -27,7 +27,7 @@ WARM_UP, STEPS = 10, 20
 
 
 class PredictionCallback:
-    """Logs a line and writes the event `prediction` after 20 steps of this process."""
+    """Writes the event `prediction` after 20 steps of this process; logs it where both sides are known."""
 
     def __init__(
         self, config: TrainConfig, world: World, vocab_size: int, precision: ResolvedPrecision
@@ -82,18 +82,18 @@ class PredictionCallback:
             predicted_memory=self._memory.total,
             measured_memory=peak,
         )
-        logger.info(self._words(predicted, seconds, peak))
+        if words := self._words(predicted, seconds, peak):
+            logger.info(words)
 
     def _words(self, predicted: float | None, seconds: float, peak: int | None) -> str:
-        def beside(unit: str, expected: float | None, measured: float | None, digits: int) -> str:
-            pair = ["?" if value is None else f"{value:,.{digits}f}" for value in (expected, measured)]
-            return f"{pair[0]} {unit} predicted, {pair[1]} measured"
-
-        rate = self._tokens / predicted if predicted else None
+        """What was predicted and can be measured here: on a CPU nothing."""
+        pairs = [
+            ("tokens/s", predicted and self._tokens / predicted, self._tokens / seconds, 0),
+            ("ms a step", predicted and predicted * 1000, seconds * 1000, 1),
+            ("GiB at the peak", self._memory.total / GIB, peak and peak / GIB, 2),
+        ]
         return "; ".join(
-            [
-                beside("tokens/s", rate, self._tokens / seconds, 0),
-                beside("ms a step", predicted and predicted * 1000, seconds * 1000, 1),
-                beside("GiB at the peak", self._memory.total / GIB, peak and peak / GIB, 2),
-            ]
+            f"{expected:,.{digits}f} {unit} predicted, {measured:,.{digits}f} measured"
+            for unit, expected, measured, digits in pairs
+            if expected is not None and measured is not None
         )
