@@ -170,10 +170,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * scale, rounded once, to `dtype`."""
+    """gradient * scale, rounded once, to `dtype`.
+
+    As a scalar the fp32 scale would be rounded to bf16 beside a gradient of bf16, as a vector of one it is not.
+    """
     if gradient is None:
         return None
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    return torch.mul(gradient, scale[None], out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:

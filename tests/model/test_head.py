@@ -105,6 +105,19 @@ def test_bf16_weights_sum_their_gradient_in_fp32() -> None:
             assert relative_error(one, other) < 1e-2
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_scale_of_a_loss_is_not_rounded(dtype: torch.dtype, device: str) -> None:
+    """1 / 3 in bf16 is off by 0.2 %, and so would be all gradients of the blocks."""
+    hidden, weight, labels = inputs(dtype=dtype, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        total = head_losses(hidden, weight, labels, VOCAB).total
+    whole = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    for one, three in zip(torch.autograd.grad(total / 3, (hidden, weight)), whole, strict=True):
+        ratio = (one.double() * three.double()).sum() / three.double().square().sum()
+        assert ratio.item() == pytest.approx(1 / 3, rel=2e-4)
+
+
 def test_autocast_multiplies_in_bf16_and_returns_fp32() -> None:
     hidden, weight, labels = inputs(dtype=torch.float32)
     expected = plain(hidden, weight, labels, VOCAB)
