@@ -172,7 +172,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     """gradient * scale, rounded once, to `dtype`.
 
-    As a scalar the fp32 scale would be rounded to bf16 beside a gradient of bf16, as a vector of one it is not.
+    A scalar of fp32 would be rounded to bf16 beside a gradient of bf16; a vector of one is not.
     """
     if gradient is None:
         return None
