@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Documents:
-    """The documents of a batch; its masks are built at first use, once a forward, and shared by all layers.
+    """The documents of a batch; its masks are built at first use.
 
     `cu_seqlens` int [documents + 1]: where each document starts in the flattened B * T positions, then
     B * T. Every row starts a document. None: each row is one document. Nothing here waits for the device.
@@ -21,7 +21,6 @@ class Documents:
     def __init__(self, rows: int, length: int, cu_seqlens: Tensor | None, device: torch.device) -> None:
         self.rows, self.length, self.device = rows, length, device
         self.cu_seqlens = cu_seqlens
-        self._biases: dict[tuple[Tensor, torch.dtype], Tensor] = {}
 
     @property
     def one_per_row(self) -> bool:
@@ -64,10 +63,10 @@ class Documents:
         positions = torch.arange(self.length, device=self.device)
         return positions[:, None] - positions[None, :]
 
-    def bias(self, slopes: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B or 1, H, T, T]: -slope * distance where allowed, -inf elsewhere (Press et al. 2022, eq. 1)."""
-        key = (slopes, dtype)  # a tensor is equal to itself only: the same slopes object means the same bias
-        if key not in self._biases:
-            linear = slopes[:, None, None] * -self.distance
-            self._biases[key] = linear.masked_fill(~self.allowed, float("-inf")).to(dtype)
-        return self._biases[key]
+    def bias(self, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """[B or 1, H or 1, T, T] of `dtype`: -slope * distance (Press et al. 2022, eq. 1), -inf where unseen."""
+        if slopes is None:
+            linear = torch.zeros((), dtype=dtype, device=self.device)
+        else:
+            linear = (slopes[:, None, None] * -self.distance).to(dtype)
+        return torch.where(self.allowed, linear, float("-inf"))

@@ -20,6 +20,9 @@ from llmtrain.model.kernels.base import Kernel
 BLOCK = 128
 """Queries, and keys, of a block: what the kernel is tuned for."""
 
+OPTIONS = {"BACKEND": "TRITON"}
+"""One kernel for every length: for less than 128 queries torch would take its own for decoding."""
+
 Change = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -45,7 +48,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> Tensor:
     fused: Any = _compiled() if alone else flex_attention
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    out = fused(q, k, v, prepared.change, prepared.mask, enable_gqa=grouped)
+    out = fused(q, k, v, prepared.change, prepared.mask, enable_gqa=grouped, kernel_options=OPTIONS)
     return out.transpose(1, 2)
 
 

@@ -14,10 +14,13 @@ from llmtrain.model.kernels.base import Kernel, repeat_heads
 
 
 def prepare(documents: Documents, slopes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask [B or 1, H or 1, T, T], bool or of `dtype`; None where each row is one document."""
-    if slopes is not None:
-        return documents.bias(slopes, dtype)
-    return None if documents.one_per_row else documents.allowed
+    """What is added to the scores, [B or 1, H or 1, T, T] of `dtype`; None for the causal mask alone.
+
+    Never bool: torch turns that into numbers anew in every layer, and each keeps its own for the backward pass.
+    """
+    if slopes is None and documents.one_per_row:
+        return None
+    return documents.bias(slopes, dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
