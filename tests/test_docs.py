@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -16,21 +17,21 @@ from llmtrain.training.config import TrainConfig
 from tests.training.test_keys import keys
 
 DOCS = Path(__file__).parents[1] / "docs"
-DATA = (DOCS / "data.md").read_text()
-COMMANDS = [
-    line.split("   #")[0].split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", DATA, re.S)
-    for line in block.splitlines()
-    if line.strip()
-]
-YAML = re.findall(r"```yaml\n(.*?)```", DATA, re.S)
+PAGES = {page: (DOCS / f"{page}.md").read_text() for page in ("data", "model")}
+YAML = re.findall(r"```yaml\n(.*?)```", PAGES["data"], re.S)
 
 
-def test_every_command_answers(ranks, tiny, tmp_path, corpus, monkeypatch):
+def commands(page: str) -> list[str]:
+    """The lines of a page's bash blocks, without their comments."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", PAGES[page], re.S)).splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+def test_every_command_about_data_answers(ranks, tiny, tmp_path, corpus, monkeypatch):
     ranks.run([*tiny, "max_steps=2", f"output_dir={tmp_path}/runs/quickstart"], 1, tmp_path)
     shutil.copytree(corpus, tmp_path / "corpus")
     monkeypatch.chdir(tmp_path)
-    for command in COMMANDS:
+    for command in commands("data"):
         if "<key>" in command:
             (prepared,) = Path(".cache/llmtrain/shards").glob("*/train")
             command = command.replace(".cache/llmtrain/shards/<key>/train", str(prepared))
@@ -39,6 +40,20 @@ def test_every_command_answers(ranks, tiny, tmp_path, corpus, monkeypatch):
         small = ["tokenizer=bytes"] if words[1] == "prepare" else []
         assert llmtrain([*words[1:], *small]) == 0, command
     assert (tmp_path / "megatron/text.idx").is_file()
+
+
+def test_every_command_about_the_model_answers(ranks, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ranks.run([*tiny, "max_steps=2", "output_dir=runs/run"], 1, tmp_path)
+    for command in commands("model"):
+        name, *words = shlex.split(command)[1:]
+        if name == "train":
+            ranks.run([*tiny, "output_dir=runs/${name}", *words], 1, tmp_path)
+        else:
+            assert llmtrain([name, *words]) == 0, command
+    profile = json.loads((tmp_path / "runs/run/profile/kernels.json").read_text())
+    assert profile["steps"] == 3
+    assert (tmp_path / "runs/continued/DONE").is_file()
 
 
 def test_the_yaml_composes(tmp_path):
@@ -51,7 +66,7 @@ def test_the_yaml_composes(tmp_path):
     assert yaml.safe_load(sources)["sources"]["wudao"]["template"] == "{title}\n{content}"
 
 
-@pytest.mark.parametrize("key", sorted(set(re.findall(r"`(data\.[a-z_.]+)", DATA))))
+@pytest.mark.parametrize("key", sorted(set(re.findall(r"`(data\.[a-z_.]+)", PAGES["data"]))))
 def test_every_key_that_is_named_exists(key):
     fields = set(keys(TrainConfig))
     if key != "data.json":
