@@ -1,4 +1,4 @@
-"""Measure llmtrain beside its peers: llmtrain bench data, llmtrain bench step, llmtrain bench kernels."""
+"""Measure llmtrain beside its peers: data engine, host time a step, attention backends, training loops."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from llmtrain.benchmarks.options import parser
 from llmtrain.config.door import plain_door
-
-PARTS = ("loaders", "live", "prepare", "scale")
 
 
 def data(a: argparse.Namespace) -> None:
@@ -74,6 +73,19 @@ def kernels(a: argparse.Namespace) -> None:
         _write(a.output, report)
 
 
+def model(a: argparse.Namespace) -> None:
+    """Bare torch, the trainer under each ZeRO stage, and other projects, on the same model and tokens."""
+    from llmtrain.benchmarks.model import candidates_of, compare_models, describe, models_table, sizes_here
+
+    names = ("model", "vocab_size", "seq_len", "micro_batch_size", "global_batch_size", "steps")
+    sizes = sizes_here(**{name: getattr(a, name) for name in names})
+    candidates = candidates_of(a.candidates, a.stages)
+    report = compare_models(sizes, candidates, rounds=a.rounds, nanogpt=a.nanogpt, directory=a.directory)
+    _say(f"\n{describe(report)}\n\n{models_table(report)}\n")
+    if a.output is not None:
+        _write(a.output, report)
+
+
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -81,56 +93,8 @@ def _say(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain bench`."""
-    parser = argparse.ArgumentParser(prog="llmtrain bench", description=__doc__)
-    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    one = benchmarks.add_parser("data", help="the data engine beside other loaders", description=data.__doc__)
-    one.add_argument("--seconds", type=float, default=3.0, help="of each loader's turn (default: 3)")
-    one.add_argument("--rounds", type=int, default=3, help="turns of each; medians are reported (default: 3)")
-    one.add_argument("--output", type=Path, help="a JSON file with every number that was measured")
-    one.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of it (default: all)")
-    one.add_argument(
-        "--loaders", nargs="+", metavar="WORD", help="beside ours, those with a word in their names"
-    )
-    one.add_argument("--smaller", type=int, default=1, help="read so many times less (default: 1)")
-    one.add_argument("--directory", type=Path, help="where its files are made and removed (default: TMPDIR)")
-    one.set_defaults(run=data)
-    one = benchmarks.add_parser("step", help="the trainer beside DeepSpeed alone", description=step.__doc__)
-    one.add_argument("--turns", type=int, default=30, help="of ten steps; medians are reported (default: 30)")
-    one.add_argument("--stages", nargs="+", type=int, choices=range(4), default=range(4), help="of ZeRO")
-    one.add_argument("--output", type=Path, help="a JSON file with every number")
-    one.add_argument("--directory", type=Path, help="where its files are made and removed (default: TMPDIR)")
-    one.set_defaults(run=step)
-    _kernels_options(benchmarks)
-    a = parser.parse_args(argv)
+    a = parser(__doc__, {"data": data, "step": step, "kernels": kernels, "model": model}).parse_args(argv)
     return plain_door(lambda: a.run(a))
-
-
-def _kernels_options(benchmarks: Any) -> None:
-    backends = ("eager", "sdpa", "flex", "flash", "flash4", "varlen")
-    one = benchmarks.add_parser(
-        "kernels", help="attention backends beside each other", description=kernels.__doc__
-    )
-    for name, words in {
-        "rows": "sequences of the batch",
-        "length": "positions of each",
-        "heads": "query heads",
-        "kv-heads": "key/value heads",
-        "head-dim": "width of a head",
-        "documents": "documents of a row, where there are several",
-    }.items():
-        one.add_argument(f"--{name}", type=_count, metavar="N", help=words)
-    one.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of q, k and v")
-    one.add_argument("--backends", nargs="+", choices=backends, default=backends, help="(default: all)")
-    one.add_argument("--seconds", type=float, default=0.2, help="of each measurement (default: 0.2)")
-    one.add_argument("--rounds", type=int, default=4, help="turns of each; medians are reported (default: 4)")
-    one.add_argument("--output", type=Path, help="a JSON file with every number that was measured")
-    one.set_defaults(run=kernels)
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 if __name__ == "__main__":
