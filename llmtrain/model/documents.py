@@ -64,7 +64,7 @@ class Documents:
         return positions[:, None] - positions[None, :]
 
     def bias(self, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[B or 1, H or 1, T, T] of `dtype`: -slope * distance (Press et al. 2022, eq. 1), -inf where unseen."""
+        """[B or 1, H or 1, T, T] of `dtype`: -slope * distance (Press et al. 2022), -inf where unseen."""
         if slopes is None:
             linear = torch.zeros((), dtype=dtype, device=self.device)
         else:

@@ -16,7 +16,8 @@ from llmtrain.model.kernels.base import Kernel, repeat_heads
 def prepare(documents: Documents, slopes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What is added to the scores, [B or 1, H or 1, T, T] of `dtype`; None for the causal mask alone.
 
-    Never bool: torch turns that into numbers anew in every layer, and each keeps its own for the backward pass.
+    Never bool: torch makes numbers of that anew in every layer, and each layer keeps its own until the
+    backward pass.
     """
     if slopes is None and documents.one_per_row:
         return None
