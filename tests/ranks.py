@@ -31,6 +31,9 @@ WARM = (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # comes with the first engine, and dynamo with it
 )
 
+EAGER = "LLMTRAIN_TEST_EAGER"
+"""Set: nothing is compiled, libraries' functions included."""
+
 RECORD = "LLMTRAIN_TEST_RECORD"
 """A directory in which each rank then records what it trains on."""
 
@@ -184,6 +187,10 @@ def _fork(request: dict[str, Any]) -> int:
     try:
         from llmtrain.train import main
 
+        if os.environ.get(EAGER):
+            import torch
+
+            torch.compiler.set_stance("force_eager")
         if directory := os.environ.get(RECORD):
             record_batches(Path(directory) / f"rank{os.environ['RANK']}.npy")
         code = main(request["argv"])

@@ -26,6 +26,7 @@ NEEDED = {
         "+model.d_ff=64",
     ],
     "deepspeed=base": ["+deepspeed.zero_optimization.stage=1"],
+    "optimizer=base": ["+optimizer.kind=lion", "+optimizer.lr=1", "+optimizer.betas=[0.9,0.99]"],
     "data=base": ["+data.sources.text.path=x", "+data.sources.text.weight=1"],
     "data=files": ["data.sources.text.path=x"],
     "tokenizer=huggingface": ["tokenizer.path=x"],

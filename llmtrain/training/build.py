@@ -231,6 +231,7 @@ def describe_run(
         "world_size": world.world_size,
         "stage": config.deepspeed.stage,
         "precision": precision,
+        "optimizer": getattr(config.optimizer, "kind", type(config.optimizer).__name__),
         "tokenizer": tokenizer.fingerprint,
         "model": config.model.model_dump(mode="json", exclude={"init_from"}),
     }
@@ -274,7 +275,9 @@ def mixture_weights(data: DataConfig, sources: Mapping[str, ShardedSource]) -> M
 def precision_here(config: TrainConfig) -> ResolvedPrecision:
     """The run's precision on this machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return config.deepspeed.resolve_precision(config.precision, device, distributed.fast_bf16_cpu())
+    return config.deepspeed.resolve_precision(
+        config.precision, device, distributed.fast_bf16_cpu(), config.optimizer.fp32_weights
+    )
 
 
 def attention_use(config: TrainConfig, precision: ResolvedPrecision) -> Use:

@@ -93,8 +93,8 @@ def check_record(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any
     DeepSpeed to ranks, stage and precision.
     """
     for key, name in NAMES.items():
-        if saved[key] != current[key]:
-            raise UserError(_differs(checkpoint, name, saved[key], current[key]))
+        if saved.get(key) != current[key]:
+            raise UserError(_differs(checkpoint, name, saved.get(key), current[key]))
     for key in {**saved["model"], **current["model"]}:
         before, now = saved["model"].get(key), current["model"].get(key)
         if before != now and key != "attention":  # every attention backend computes the same function
@@ -106,6 +106,7 @@ NAMES = {
     "world_size": "the number of ranks",
     "stage": "deepspeed.zero_optimization.stage",
     "precision": "precision",
+    "optimizer": "optimizer",
 }
 
 

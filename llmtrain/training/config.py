@@ -12,7 +12,10 @@ from llmtrain.config import Config, choice
 from llmtrain.data.config import DataConfig
 from llmtrain.model import DecoderConfig
 from llmtrain.model.fp8 import Fp8Recipe
-from llmtrain.optim.adamw import AdamWConfig, OptimizerConfig
+from llmtrain.optim.adamw import AdamWConfig
+from llmtrain.optim.base import OptimizerConfig
+from llmtrain.optim.lion import LionConfig
+from llmtrain.optim.muon import MuonConfig
 from llmtrain.optim.schedules import (
     ConstantConfig,
     CosineConfig,
@@ -26,6 +29,7 @@ from llmtrain.training.callbacks.profile import ProfileConfig
 from llmtrain.training.callbacks.samples import SampleConfig
 from llmtrain.training.checkpoint import CheckpointConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, Precision
+from llmtrain.training.engine.optimizers import check_muon
 from llmtrain.training.loggers import LoggerConfig
 from llmtrain.training.sizing.hardware import HardwareConfig
 
@@ -67,7 +71,7 @@ class TrainConfig(Config):
     model: ModelConfig
     tokenizer: choice(TokenizerConfig, SentencePieceConfig, HuggingFaceConfig, BytesConfig)  # type: ignore[valid-type]
     data: DataConfig
-    optimizer: choice(OptimizerConfig, AdamWConfig)  # type: ignore[valid-type]
+    optimizer: choice(OptimizerConfig, AdamWConfig, LionConfig, MuonConfig)  # type: ignore[valid-type]
     scheduler: choice(SchedulerConfig, CosineConfig, LinearConfig, ConstantConfig, WsdConfig)  # type: ignore[valid-type]
     deepspeed: DeepSpeedConfig
     hardware: HardwareConfig
@@ -91,6 +95,8 @@ class TrainConfig(Config):
                 "precision=bf16 with deepspeed=zero0: DeepSpeed takes a spurious first optimizer step there, "
                 "and the losses are wrong; use precision=bf16_autocast, or deepspeed=zero1"
             )
+        if isinstance(self.optimizer, MuonConfig):
+            check_muon(self.deepspeed, self.precision)
         if self.fp8 and self.deepspeed.stage == 3:
             raise ValueError(
                 f"fp8={self.fp8} with deepspeed=zero3: ZeRO-3 holds weights in parts, FP8 scales whole ones; "

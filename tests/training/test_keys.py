@@ -165,7 +165,16 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
     "data.sources.text_key": ([], ["+data.sources.prose.text_key=title"], curve),
     "data.sources.template": ([], ["+data.sources.prose.template='{title}: {text}'"], curve),
     "data.sources.path": ([], ["data.sources.code.path=${data.sources.prose.path}"], curve),
+    "optimizer.kind": ([], ["optimizer=lion"], curve),
     "optimizer.lr": ([], ["optimizer.lr=1e-4"], curve),
+    "optimizer.lr_scales.embedding": ([], ["optimizer.lr_scales.embedding=2"], curve),
+    "optimizer.lr_scales.head": (
+        ["model.tie_embeddings=false"],
+        ["optimizer.lr_scales.head=2"],
+        curve,
+    ),
+    "optimizer.lr_scales.matrices": ([], ["optimizer.lr_scales.matrices=2"], curve),
+    "optimizer.lr_scales.vectors": ([], ["optimizer.lr_scales.vectors=2"], curve),
     "optimizer.betas": ([], ["optimizer.betas=[0.5,0.95]"], curve),
     "optimizer.eps": ([], ["optimizer.eps=0.01"], curve),
     "optimizer.weight_decay": ([], ["optimizer.weight_decay=1"], curve),
@@ -214,6 +223,7 @@ ELSEWHERE: dict[str, str] = {
     "tokenizer.path": "tests/training/test_keys.py::test_tokenizer_path_brings_a_tokenizer_along",
     "resume": "tests/training/test_resume.py::test_resume_never_sets_the_older_run_aside",
     "compile": f"{ENGINE}::test_compile_is_on_where_it_is_asked_for",
+    "optimizer.momentum": "tests/training/test_optimizers.py::test_muon_s_momentum_is_the_key_s",
     "activation_checkpointing": f"{ENGINE}::test_activation_checkpointing_keeps_fewer_tensors",
     **{
         f"hardware.{key}": f"{SIZING}::test_{test}"
@@ -249,7 +259,6 @@ ELSEWHERE: dict[str, str] = {
 JSONL = "+data.sources.prose.format=jsonl"
 REFUSED: dict[str, list[str]] = {
     # key: overrides that end before the run, with a line that names the key
-    "optimizer.kind": ["optimizer.kind=sgd"],
     "data.sources.revision": [JSONL, "+data.sources.prose.revision=main"],
     "data.sources.split": [JSONL, "+data.sources.prose.split=test"],
     "data.sources.subset": [JSONL, "+data.sources.prose.subset=en"],

@@ -93,16 +93,19 @@ class DeepSpeedConfig(Config):
         """The ZeRO stage, 0 to 3."""
         return self.zero_optimization.stage
 
-    def resolve_precision(self, precision: Precision, device: str, fast_bf16_cpu: bool) -> ResolvedPrecision:
+    def resolve_precision(
+        self, precision: Precision, device: str, fast_bf16_cpu: bool, fp32_weights: bool = False
+    ) -> ResolvedPrecision:
         """`auto` made concrete.
 
         On CUDA: bf16 weights with fp32 masters under ZeRO 1 to 3, autocast over fp32 weights under stage 0
-        (which DeepSpeed runs wrongly with bf16 weights). On a CPU: autocast where bf16 products are fast.
+        (which DeepSpeed runs wrongly with bf16 weights) and where the optimizer needs `fp32_weights`. On a
+        CPU: autocast where bf16 products are fast.
         """
         if precision != "auto":
             return precision
         if device == "cuda":
-            return "bf16" if self.stage else "bf16_autocast"
+            return "bf16" if self.stage and not fp32_weights else "bf16_autocast"
         return "bf16_autocast" if fast_bf16_cpu else "fp32"
 
     def settings(
@@ -120,6 +123,8 @@ class DeepSpeedConfig(Config):
             "zero_optimization": self.zero_optimization.settings(),
             # Torch's fused AdamW steps on a CPU as well; DeepSpeed's own would be compiled at first use.
             "zero_force_ds_cpu_optimizer": False,
+            # Any torch optimizer may be given; those it does not know it warns of.
+            "zero_allow_untested_optimizer": True,
             "disable_python_gc": self.disable_python_gc,
             "timers": {"throughput": {"enabled": False, "synchronized": False}},
             "steps_per_print": 10**9,

@@ -15,8 +15,9 @@ from llmtrain.distributed import World
 from llmtrain.model import Decoder, Losses
 from llmtrain.model.decoder import Block
 from llmtrain.model.init import Gather
-from llmtrain.optim.adamw import OptimizerConfig
+from llmtrain.optim.base import OptimizerConfig, set_learning_rate
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
+from llmtrain.training.engine.optimizers import build_optimizer
 from llmtrain.training.engine.transfer import PendingStep, Upload
 from llmtrain.training.engine.weights import allow_state_classes
 
@@ -56,10 +57,9 @@ def build_engine(
         initialize(model, lambda parameter: GatheredParameters(parameter, modifier_rank=0))
     else:
         initialize(model, nullcontext)
-    groups = optimizer.parameter_groups(
-        model.named_parameters(), lambda parameter: len(getattr(parameter, "ds_shape", parameter.shape))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(optimizer, model), config=settings
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer.build(groups), config=settings)
     return Engine(engine, world, config.stage, optimizer.gradient_clipping, micro_batch_size, sources)
 
 
@@ -186,8 +186,7 @@ class Engine:
         """Clip and step; returns the gradient norm and whether the step was applied, both on the device."""
         assert self.deepspeed.is_gradient_accumulation_boundary(), "a batch of another size than the engine's"
         optimizer = self.deepspeed.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
         if self._stage > 0:
             self.deepspeed.step()
             norm, applied = self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtrain.config import UserError
+from llmtrain.optim.muon import MuonConfig
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.config import OffloadConfig, ResolvedPrecision, ZeroConfig
 from llmtrain.training.sizing.hardware import HardwareConfig
@@ -159,7 +160,7 @@ def layouts(config: TrainConfig, given: Layout) -> Iterator[tuple[str, Layout]]:
     rows = config.global_batch_size // given.ranks
     for option in OPTIONS:
         zero = with_option(given.zero, option)
-        if zero.stage == 0 and config.precision == "bf16":
+        if zero.stage == 0 and (config.precision == "bf16" or isinstance(config.optimizer, MuonConfig)):
             continue  # TrainConfig refuses it
         for recompute in (False, True):
             layout = replace(given, zero=zero, precision=resolved(config, zero), recompute=recompute)
@@ -187,4 +188,4 @@ def with_option(zero: ZeroConfig, option: str) -> ZeroConfig:
 def resolved(config: TrainConfig, zero: ZeroConfig) -> ResolvedPrecision:
     """The precision that a GPU would run with this section."""
     deepspeed = config.deepspeed.model_copy(update={"zero_optimization": zero})
-    return deepspeed.resolve_precision(config.precision, "cuda", False)
+    return deepspeed.resolve_precision(config.precision, "cuda", False, config.optimizer.fp32_weights)

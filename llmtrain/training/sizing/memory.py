@@ -11,7 +11,7 @@ matrix products read and write, and of the residual stream.
 
 Between the steps, read in DeepSpeed 0.19.8 and walked by tests/training/test_sizing.py. F is E with every
 group padded to a multiple of 2 n (the flat buffers of stages 1 and 2), S the sum of ceil(size / n) over the
-parameters (stage 3), m the states of the optimizer (AdamW: 2):
+parameters (stage 3), m the states of the optimizer (AdamW: 2, Lion: 1, Muon: 1 of matrices (2), else 2):
 
     stage  wrapper                    weights     masters    states     fp32 gradients
     0      none                       w E         -          4 m E      -
@@ -19,7 +19,8 @@ parameters (stage 3), m the states of the optimizer (AdamW: 2):
     1, 2   DeepSpeedZeroOptimizer     w F         4 F / n    4 m F / n  -
     3      .._Optimizer_Stage3        w S (1)     4 S        4 m S      4 S, and a reduce bucket of w
 
-(1) and where n > 1 the parameters up to the persistence threshold as a whole. Offload moves masters, states
+(1) and where n > 1 the parameters up to the persistence threshold as a whole. (2) Under stages 1 and 2 of all
+matrices that a rank has a part of, and a second time, to take back a step. Offload moves masters, states
 and fp32 gradients to the host, under stage 3 also the weights if so asked.
 
 The peak is the larger of two moments, each on top of that:
@@ -36,6 +37,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llmtrain.model.feed_forward import GATED
+from llmtrain.model.loss import CHUNK
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.config import ResolvedPrecision, ZeroConfig
 from llmtrain.training.sizing.model import Model
@@ -46,9 +48,6 @@ WIDTHS: dict[ResolvedPrecision, tuple[int, int, int]] = {
     "bf16_autocast": (4, 2, 4),
 }
 """w, c, r."""
-
-CHUNK = 8192
-"""Positions whose logits exist at once, as llmtrain/model/loss.py cuts them."""
 
 ALLREDUCE_ELEMENTS = 500_000_000
 """deepspeed/runtime/engine.py MEMORY_OPT_ALLREDUCE_SIZE: elements that stage 0 flattens at once."""
@@ -69,7 +68,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: TrainConfig, ranks: int, precision: ResolvedPrecision) -> Layout:
-        """That of a run."""
+        """That of a run on GPUs, where `compile=auto` compiles."""
         return cls(
             ranks=ranks,
             rows=config.micro_batch_size,
@@ -77,7 +76,7 @@ class Layout:
             precision=precision,
             zero=config.deepspeed.zero_optimization,
             recompute=config.activation_checkpointing,
-            compiled=False,
+            compiled=config.compile is not False,
         )
 
     @property
@@ -161,8 +160,27 @@ def state(model: Model, layout: Layout) -> State:
         if layout.stage == 2:  # weights on their way back, and the largest gradient on its way there
             staging += w * sum(parts) + w * model.largest
             buckets += w * model.largest
-    states = sum(4 * part * group.states for part, group in zip(parts, model.groups, strict=True))
+    states = 0
+    for part, group in zip(parts, model.groups, strict=True):
+        if group.whole and layout.stage < 3 and not layout.offloads_optimizer:
+            momentum = 4 * touched(group.sizes, part, n)
+            states, buckets = states + momentum, buckets + momentum
+        else:
+            states += 4 * part * group.states
     return State(weights, masters, states, accumulators, buckets, staging)
+
+
+def touched(sizes: tuple[int, ...], part: int, ranks: int) -> int:
+    """Elements of the parameters, end to end, of which a rank has any in its part; the most of all ranks."""
+    most = 0
+    for rank in range(ranks):
+        place = found = 0
+        for size in sizes:
+            if place < (rank + 1) * part and place + size > rank * part:
+                found += size
+            place += size
+        most = max(most, found)
+    return most
 
 
 def padded_flat(sizes: tuple[int, ...], layout: Layout) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from llmtrain.model import Decoder, DecoderConfig
 from llmtrain.model.decoder import padded
 from llmtrain.model.kernels import eager
-from llmtrain.optim.adamw import OptimizerConfig
+from llmtrain.optim.base import OptimizerConfig
 from llmtrain.training.config import TrainConfig
 
 TABLES = ("embedding.weight", "head.weight", "position.embedding.weight")
@@ -22,6 +23,8 @@ class Group:
 
     sizes: tuple[int, ...]
     states: int
+    whole: bool
+    """Whether ZeRO 1 and 2 keep states of whole parameters on every rank that has a part of one (Muon)."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,12 @@ class Model:
 def optimizer_groups(decoder: Decoder, optimizer: OptimizerConfig) -> tuple[Group, ...]:
     """The groups that the optimizer would make of these parameters."""
     groups = optimizer.parameter_groups(decoder.named_parameters(), lambda parameter: parameter.dim())
-    return tuple(
-        Group(tuple(parameter.numel() for parameter in group["params"]), _states(optimizer, group))
-        for group in groups
-    )
+    return tuple(_group(group, optimizer) for group in groups)
 
 
-def _states(optimizer: OptimizerConfig, group: dict[str, object]) -> int:
-    """fp32 values an optimizer keeps of a parameter: AdamW two moments, Lion and Muon one momentum."""
-    one = getattr(optimizer, "kind", "adamw") == "lion" or bool(group.get("use_muon", False))
-    return 1 if one else 2
+def _group(group: dict[str, Any], optimizer: OptimizerConfig) -> Group:
+    parameters, whole = group["params"], group.get("use_muon", False)
+    if whole:  # DeepSpeed's Muon puts the largest first
+        parameters = sorted(parameters, key=lambda parameter: parameter.size(), reverse=True)
+    sizes = tuple(parameter.numel() for parameter in parameters)
+    return Group(sizes, optimizer.states(group.get("role", "matrices")), whole)
