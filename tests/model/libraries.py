@@ -1,4 +1,4 @@
-"""flash-attn 2, flash-attn 4 and torch's varlen_attn as their documents describe them, in plain torch.
+"""What flash-attn 2, flash-attn 4 and the operators below torch's varlen_attn compute, in plain torch.
 
 What they promise: softmax(q k^T / sqrt(D) + bias) v for each sequence, cu_seqlens int32, no sequence longer
 than max_seqlen, empty ones allowed, grouped heads. They stand in for the libraries on a CPU, so that what our
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 
 def sequence(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -54,6 +56,8 @@ def rows(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None) -> tuple
 
 def stand_in(patch: pytest.MonkeyPatch, backend: str) -> None:
     """Let `backend` find its library, or take the place of the one that is here."""
+    if backend == "varlen":
+        return varlen_on_a_cpu()
     kernel, module = f"llmtrain.model.kernels.{backend}", MODULES[backend]
     try:
         real = import_module(kernel)
@@ -65,6 +69,42 @@ def stand_in(patch: pytest.MonkeyPatch, backend: str) -> None:
         vars(sys.modules[module.name]).update(module.content)
         patch.setitem(sys.modules, kernel, ModuleType(kernel))
         del sys.modules[kernel]  # so it is imported anew, and forgotten when the test ends
+
+
+@cache
+def varlen_on_a_cpu() -> None:
+    """torch's own varlen_attn, its gradient and its shapes for torch.compile, over operators for a CPU."""
+    varlen._varlen_attn.register_kernel("cpu")(_varlen)
+    varlen._varlen_attn_backward.register_kernel("cpu")(_varlen_backward)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    scale: float | None,
+    window_size: list[int] | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert (is_causal, window_size, scale) == (True, [-1, 0], None)
+    assert max_q == max_k
+    assert cu_seq_k is not None
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    return *sequences(query, key, value, cu_seq_q, max_q), torch.zeros(2, dtype=torch.uint64)
+
+
+def _varlen_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _flash4_backward(
+        q, k, v, out, grad, lse, causal=True, cu_seqlens_q=starts, cu_seqlens_k=starts,
+        max_seqlen_q=None, max_seqlen_k=None,
+    )  # fmt: skip
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, alibi_slopes: Tensor | None) -> Tensor:
@@ -87,24 +127,6 @@ def _flash_varlen(
     assert max_seqlen_q == max_seqlen_k
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     return sequences(q, k, v, cu_seqlens_q, max_seqlen_q, alibi_slopes)[0]
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    window_size: tuple[int, int],
-    enable_gqa: bool = False,
-) -> Tensor:
-    assert (window_size, max_q) == ((-1, 0), max_k)
-    assert enable_gqa or query.shape[1] == key.shape[1]
-    assert torch.equal(cu_seq_q, cu_seq_k)
-    return sequences(query, key, value, cu_seq_q, max_q)[0]
 
 
 def _flash4_forward(
@@ -184,5 +206,4 @@ MODULES = {
         "flash_attn.cute.interface",
         {"_flash_attn_fwd": _flash4_forward, "_flash_attn_bwd": _flash4_backward},
     ),
-    "varlen": Module("torch.nn.attention.varlen", {"varlen_attn": _varlen}),
 }

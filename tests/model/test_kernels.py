@@ -16,11 +16,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from llmtrain.config import UserError
 from llmtrain.model.documents import Documents
-from llmtrain.model.kernels import AttentionConfig, Kernel, Shape, Use, choose, eager
+from llmtrain.model.kernels import AttentionConfig, Kernel, Shape, Use, choose, eager, sdpa
 from llmtrain.model.kernels.probe import check_isolation
 from llmtrain.model.position import alibi_slopes
-from tests.model.libraries import stand_in
+from tests.model.libraries import MODULES, stand_in
 from tests.model.small import KV_HEADS, POSITIONS, SEQ_LEN, VOCAB, decoder, relative_error
+from tests.training.test_syncs import HostReads, started
 
 CPU, HEADS, LENGTH = torch.device("cpu"), 4, 150
 PACKED = [0, 7, 8, 140, 150, 183, 300]
@@ -114,18 +115,65 @@ def test_varlen_without_grouped_heads_gets_repeated_ones(monkeypatch: pytest.Mon
     agree(outcome(kernel, cell, torch.float32), outcome(eager.KERNEL, cell, torch.float64), 2e-6)
 
 
-def test_flash4_is_one_graph_for_any_number_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, "flash4")
-    kernel, counter = choose.load("flash4"), CompileCounterWithBackend("aot_eager")
+OTHER_DOCUMENTS = (
+    PACKED,
+    [0, 1, 2, 3, 150, 160, 170, 180, 300],
+    [0, 20, 40, 150, 151, 152, 300],
+)
+
+
+@pytest.mark.parametrize(
+    ("backend", "slopes"),
+    [("eager", True), ("sdpa", False), ("sdpa", True), ("flex", False), ("flex", True), ("flash4", False),
+     ("varlen", False)],
+)  # fmt: skip
+def test_one_graph_for_all_documents(monkeypatch: pytest.MonkeyPatch, backend: str, slopes: bool) -> None:
+    """`fullgraph` makes a break an error."""
+    if backend in MODULES or backend == "varlen":
+        stand_in(monkeypatch, backend)
+    kernel, counter = choose.load(backend), CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(kernel.attend, fullgraph=True, dynamic=False, backend=counter)
-    *heads, _, _ = inputs("causal", "GQA", 8, CPU)
-    for starts in ([*PACKED], [0, 1, 2, 3, 150, 160, 170, 180, 300], [0, 20, 40, 150, 151, 152, 300]):
-        documents = Documents(2, LENGTH, torch.tensor(starts, dtype=torch.int32), CPU)
-        cell = (*heads, documents, None)
-        found = outcome(kernel, cell, torch.float32, compiled)
+    backward = backend != "flex"
+    *heads, _, given = inputs("alibi" if slopes else "causal", "GQA", 8, CPU)
+    for starts in OTHER_DOCUMENTS:
+        cell = (*heads, Documents(2, LENGTH, torch.tensor(starts, dtype=torch.int32), CPU), given)
+        found = outcome(kernel, cell, torch.float32, compiled, backward)
         agree(found, outcome(eager.KERNEL, cell, torch.float64), 2e-6)
         assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", choose.BACKENDS)
+def test_nothing_is_read_on_the_host(monkeypatch: pytest.MonkeyPatch, backend: str, mask: str) -> None:
+    """Of the kernels that have a library below them, what is ours."""
+    if mask in ("alibi", "both") and backend in ("flash4", "varlen"):
+        pytest.skip(f"{backend} has no ALiBi")
+    if backend in MODULES or backend == "varlen":
+        stand_in(monkeypatch, backend)
+    kernel, (*heads, documents, slopes) = choose.load(backend), inputs(mask, "GQA", 16, CPU)
+    q, k, v = (x.float() for x in heads)
+    with HostReads() as reads:
+        prepared = kernel.prepare(documents, slopes, torch.float32)
+        if backend in ("eager", "sdpa", "flex"):
+            kernel.attend(q, k, v, prepared)
+    assert reads.count == 0
+
+
+def test_layers_share_the_mask_that_sdpa_keeps_for_the_backward_pass() -> None:
+    *heads, documents, _ = inputs("documents", "MHA", 16, CPU)
+    mask = sdpa.prepare(documents, None, torch.float32)
+    assert mask is not None
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for _ in range(3):
+            sdpa.attend(*(x.float().requires_grad_() for x in heads), mask)
+    assert kept.count(mask.untyped_storage().data_ptr()) == 3
 
 
 @pytest.mark.parametrize(("given", "places"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8)])
@@ -247,6 +295,7 @@ PLAIN, ALIBI = Shape(64, slopes=False), Shape(64, slopes=True)
         ("varlen", GPU_FP32, PLAIN, "computes in bf16, not in fp32"),
         ("flash4", GPU, ALIBI, "has no ALiBi: take auto, flash, flex or sdpa"),
         ("varlen", GPU, ALIBI, "has no ALiBi: take auto, flash, flex or sdpa"),
+        ("varlen", LAPTOP, ALIBI, "has no ALiBi: take auto, flash, flex or sdpa"),
         ("flash4", GPU, PLAIN, "needs a GPU of compute capability 9.0 or later, this one has 8.0"),
         ("varlen", GPU, Shape(60, False), "takes a head_dim of 8 to 256 in steps of 8, not 60"),
         ("flash", GPU, Shape(288, False), "takes a head_dim of 1 to 256, not 288: change model.head_dim"),
@@ -340,3 +389,11 @@ def test_the_probe_finds_rows_that_meet() -> None:
     mixed = lambda ids, positions, starts: model(ids, None, positions, starts).cumsum(0)  # noqa: E731
     with torch.no_grad(), pytest.raises(UserError, match="moved logits of another row"):
         check_isolation(mixed, backend="mine", documents=True, vocab_size=VOCAB, seq_len=SEQ_LEN, device=CPU)
+
+
+def test_a_run_does_not_start_with_a_kernel_that_ignores_documents(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdpa, "KERNEL", Kernel("sdpa", one_document, eager.attend))
+    with pytest.raises(UserError, match="backend=sdpa: a changed token moved logits"), started(tiny):
+        pass

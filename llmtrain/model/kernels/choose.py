@@ -143,14 +143,14 @@ def _obstacles(backend: str, shape: Shape, use: Use) -> Iterator[str]:
     demand = DEMANDS.get(backend)
     if demand is None:
         return
+    if shape.slopes and not demand.slopes:
+        yield "has no ALiBi: take auto, flash, flex or sdpa, or another model.position"
     if use.device != "cuda":
         if backend != "flex":
             yield "needs an NVIDIA GPU: take auto, sdpa or eager on a CPU"
         elif use.training:
             yield "has no backward pass on a CPU: take auto, sdpa or eager there"
         return
-    if shape.slopes and not demand.slopes:
-        yield "has no ALiBi: take auto, flash, flex or sdpa, or another model.position"
     if use.dtype not in demand.dtypes:
         name = {torch.float32: "fp32"}.get(use.dtype, str(use.dtype))
         yield f"computes in bf16, not in {name}: set precision=bf16 or bf16_autocast, or take auto"
