@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -67,11 +69,25 @@ def test_losses_are_summed_by_source(tiny):
     engine.close()
 
 
-def test_bf16_accumulates_gradients_in_fp32(tiny):
-    for stage in (1, 2, 3):
-        _, engine = build([*tiny, f"deepspeed=zero{stage}"], "bf16")
-        assert engine.deepspeed.get_data_types() == (torch.bfloat16, torch.float32)
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "bf16_autocast"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+def test_bf16_accumulates_gradients_in_fp32(tiny, stage, precision):
+    """64 times the same row is the row: its bf16 gradients are the same but for their exponent."""
+    norms = []
+    for rows in (1, 64):
+        sizes = [f"global_batch_size={rows}", "micro_batch_size=1"]
+        _, engine = build([*tiny, f"deepspeed=zero{stage}", *sizes], precision)
+        row = batch(1, 64)
+        data = replace(
+            row,
+            **{key: value.repeat(rows, 1) for key, value in vars(row).items() if value.ndim == 2},
+            cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * 64,
+            source_ids=torch.zeros(rows, dtype=torch.int32),
+        )
+        norms.append(engine.train_step(data, lr=1e-3).result().grad_norm)
         engine.close()
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny):
