@@ -69,7 +69,10 @@ def test_losses_are_summed_by_source(tiny):
     engine.close()
 
 
-@pytest.mark.parametrize(
+BF16_OF_EACH_STAGE = [(0, "bf16_autocast"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+
+
+@pytest.mark.parametrize(("stage", "precision"), BF16_OF_EACH_STAGE)
     ("stage", "precision"), [(0, "bf16_autocast"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 )
 def test_bf16_accumulates_gradients_in_fp32(tiny, stage, precision):
