@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from llmtrain.config.hydra import hydra_door
+from llmtrain.config.table import print_lines, print_table
 
 if TYPE_CHECKING:
     from llmtrain.data.plan import Plan
@@ -42,20 +43,10 @@ def run(config: PlanConfig) -> int:
 
 def show(plan: Plan) -> None:
     """Print the table, and below it the totals and everything that needs saying."""
-    from rich.console import Console
-    from rich.table import Table
-
     from llmtrain.training.planning import HEADINGS, remarks, rows
 
-    table = Table(title=f"{plan.run.tokens:,} tokens in {plan.run.steps:,} steps")
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in rows(plan):
-        table.add_row(*row)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(table)
-    for line in remarks(plan):
-        console.print(line, markup=False)
+    print_table(f"{plan.run.tokens:,} tokens in {plan.run.steps:,} steps", HEADINGS, rows(plan))
+    print_lines(*remarks(plan))
 
 
 def show_weights(config: PlanConfig, plan: Plan) -> None:
