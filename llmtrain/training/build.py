@@ -187,7 +187,7 @@ def _tell_mixture(dataset: PackedDataset, step: int, max_steps: int) -> None:
     for name, share in dataset.needs(step)[1].items():
         now, end = by_now[name], at_the_end[name]
         if now is None or end is None:
-            passes = "its windows are counted as they are read"
+            passes = "its size is known when all of it is tokenised"
         else:
             so_far = f"{now:.2f} epochs by then, " if step else ""
             passes = f"{so_far}{end:.2f} epochs of {dataset.streams[name].source.tokens:,} tokens"

@@ -278,7 +278,7 @@ def test_stop_change_weights_add_and_remove_sources_kill_resume_and_nothing_is_r
         assert times.max() >= 1
     assert sum(row["tokens"] + row["padding"] for row in ledger.values()) == steps * G * L
     assert any(row["padding"] for row in ledger.values()) == (packing == "best_fit")
-    for key in ("tokens", "padding", "skipped", "pass_tokens", "epochs", "to_come", "input"):
+    for key in ("tokens", "padding", "trained", "skipped", "epochs", "to_come", "input"):
         assert ledger["prose"][key] == three["prose"][key] is not None, key
     page = re.sub(r"<[^>]+>", "", (run / "report.html").read_text()).replace("&nbsp;", " ")
     assert f"unread: out of the mixture since step {saved + 5}" in page
