@@ -101,8 +101,8 @@ def is_done(config: TrainConfig) -> bool:
     ):
         return False
     logger.info(
-        f"{directory.path}: already trained to step {found[-1][0]}; report: {directory.report}. "
-        "Raise max_steps to go on, or start anew with resume=never or name=<another>"
+        f"{directory.path}: already trained to step {found[-1][0]}, max_steps={config.max_steps}; report: "
+        f"{directory.report}. Raise max_steps to go on, or start anew with resume=never or name=<another>"
     )
     return True
 
