@@ -218,7 +218,8 @@ class PackedDataset:
 
         def load(step: int) -> Batch:
             batch = self.rows(step, first, last)
-            self._held(self._served(step))
+            if self._tallies:
+                self._held(self._served(step))
             return batch.pin_memory() if pin_memory else batch
 
         return Batches(load, start_step)
