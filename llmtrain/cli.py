@@ -6,29 +6,32 @@ import ast
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-from llmtrain.config import ExitCode
-from llmtrain.config.errors import did_you_mean
+from llmtrain import __version__
+from llmtrain.importing import signals_end_it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`llmtrain <door> ...` is `python -m llmtrain.<door> ...`; returns the door's exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    known = doors()
-    if not words or words[0] in ("-h", "--help", "help"):
-        sys.stdout.write(_listing(known))
-        return ExitCode.OK
-    if words[0] == "--version":
-        sys.stdout.write(f"llmtrain {version('llmtrain')}\n")
-        return ExitCode.OK
-    name, *rest = words
-    if name not in known:
-        listed = f"there are {', '.join(known)}"
-        sys.stderr.write(f"error: {name}: no such door; {listed}{did_you_mean(name, known)}\n")
-        return ExitCode.CONFIG
-    return int(importlib.import_module(f"llmtrain.{name}").main(rest))
+    with signals_end_it():
+        known = doors()
+        if not words or words[0] in ("-h", "--help", "help"):
+            sys.stdout.write(_listing(known))
+            return 0
+        if words[0] == "--version":
+            sys.stdout.write(f"llmtrain {__version__}\n")
+            return 0
+        name, *rest = words
+        if name not in known:
+            from llmtrain.config.errors import ExitCode, did_you_mean
+
+            listed = f"there are {', '.join(known)}"
+            sys.stderr.write(f"error: {name}: no such door; {listed}{did_you_mean(name, known)}\n")
+            return ExitCode.CONFIG
+        door = importlib.import_module(f"llmtrain.{name}")
+    return int(door.main(rest))
 
 
 def doors() -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config.door import plain_door
+from llmtrain.config.table import print_table
 
 
 def evaluate(run: Path, step: int | None) -> dict[str, Any]:
@@ -40,15 +41,13 @@ def evaluate(run: Path, step: int | None) -> dict[str, Any]:
 
 def show(results: dict[str, Any]) -> None:
     """Print the scores as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("held-out text", "loss", "bits per byte", "shuffled context", "unigram", "bytes")
+    rows = []
     for name, scores in [*results["sources"].items(), ("all", results["all"])]:
         keys = ("loss", "bits_per_byte", "shuffled_bits_per_byte", "unigram_bits_per_byte")
         numbers = ["-" if scores[key] is None else f"{scores[key]:.4f}" for key in keys]
-        table.add_row(name, *numbers, f"{scores['bytes']:,}")
-    Console().print(table)
+        rows.append([name, *numbers, f"{scores['bytes']:,}"])
+    headings = "source", "loss", "bits per byte", "shuffled context", "unigram", "bytes"
+    print_table("held-out text", headings, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

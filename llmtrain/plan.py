@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmtrain.config.hydra import hydra_door
+from llmtrain.config.table import print_lines, print_table
 
 if TYPE_CHECKING:
     from llmtrain.data.plan import Plan
@@ -48,8 +48,8 @@ def show(plan: Plan) -> None:
     """Print the table, and below it the totals and everything that needs saying."""
     from llmtrain.training.planning import HEADINGS, remarks, rows
 
-    title = f"{plan.run.tokens:,} tokens in {plan.run.steps:,} steps"
-    _print(title, HEADINGS, rows(plan), remarks(plan))
+    print_table(f"{plan.run.tokens:,} tokens in {plan.run.steps:,} steps", HEADINGS, rows(plan))
+    print_lines(*remarks(plan))
 
 
 def show_sizing(sizing: Sizing, tokens: int) -> None:
@@ -57,25 +57,8 @@ def show_sizing(sizing: Sizing, tokens: int) -> None:
     from llmtrain.training.sizing.words import HEADINGS, remarks, rows, title
 
     sys.stdout.write("\n")
-    _print(title(sizing), HEADINGS, rows(sizing, tokens), remarks(sizing, tokens))
-
-
-def _print(title: str, headings: Sequence[str], rows: Sequence[list[str]], lines: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(soft_wrap=True, highlight=False)
-    console.width = max(
-        console.width, console.measure(table, options=console.options.update(width=999)).maximum
-    )
-    console.print(table)
-    for line in lines:
-        console.print(line, markup=False)
+    print_table(title(sizing), HEADINGS, rows(sizing, tokens))
+    print_lines(*remarks(sizing, tokens))
 
 
 def show_weights(config: PlanConfig, plan: Plan) -> None:

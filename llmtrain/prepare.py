@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.config.door import sigterm_is_like_ctrl_c
 from llmtrain.config.hydra import hydra_door
+from llmtrain.config.table import print_lines, print_table
 
 if TYPE_CHECKING:
     from llmtrain.data.prepare import Prepared
@@ -16,14 +17,14 @@ def run(config: PrepareConfig) -> int:
     """Prepare every source of the config, or one share of them, and print one line each."""
     from llmtrain.data.prepare import parse_part, prepare
 
-    with sigterm_is_like_ctrl_c():
+    part = parse_part(config.part)
+    try:
         prepared = prepare(
-            config.data,
-            config.tokenizer,
-            config.cache_dir,
-            part=parse_part(config.part),
-            workers=config.data.workers,
+            config.data, config.tokenizer, config.cache_dir, part=part, workers=config.data.workers
         )
+    except KeyboardInterrupt as stop:
+        stop.add_note("finished shards are kept, the same command goes on")
+        raise
     if _is_main():
         show(prepared)
     return 0
@@ -31,19 +32,11 @@ def run(config: PrepareConfig) -> int:
 
 def show(prepared: Prepared) -> None:
     """Print a table of the prepared sources, and below it where their shards are."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"prepared with a tokenizer of {prepared.tokenizer.vocab_size:,} ids")
+    title = f"prepared with a tokenizer of {prepared.tokenizer.vocab_size:,} ids"
     headings = "source", "documents", "tokens", "bytes", "bytes a token", "held out", "rejected"
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in rows(prepared):
-        table.add_row(*row)
-    console = Console(soft_wrap=True)
-    console.print(table)
+    print_table(title, headings, rows(prepared))
     for name, source in prepared.sources.items():
-        console.print(f"{name}: {where(source.train)}{_reasons(prepared, name)}", highlight=False)
+        print_lines(f"{name}: {where(source.train)}", *_reasons(prepared, name))
 
 
 def rows(prepared: Prepared) -> list[list[str]]:
@@ -67,11 +60,12 @@ def rows(prepared: Prepared) -> list[list[str]]:
     return table
 
 
-def _reasons(prepared: Prepared, name: str) -> str:
+def _reasons(prepared: Prepared, name: str) -> list[str]:
     """What was wrong with records, and where they are kept."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(prepared.rejected(name).items()))
+    reasons = [f"{count:,} {reason}" for reason, count in sorted(prepared.rejected(name).items())]
     kept = prepared.quarantine(name)
-    return (f"; rejected: {reasons}" if reasons else "") + (f", kept in {kept[0].parent}" if kept else "")
+    lines = [f"  rejected: {', '.join(reasons)}"] if reasons else []
+    return [*lines, f"  kept in {kept[0].parent}"] if kept else lines
 
 
 def where(place: Any) -> str:
@@ -93,7 +87,8 @@ def _config() -> type[PrepareConfig]:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain prepare` and `python -m llmtrain.prepare`."""
-    return hydra_door(_config, run, __doc__, argv, primary="prepare")
+    with sigterm_is_like_ctrl_c():
+        return hydra_door(_config, run, __doc__, argv, primary="prepare")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,24 @@ def test_every_door_has_the_same_shape(name: str) -> None:
 def test_listing_imports_no_door() -> None:
     code = "import sys; from llmtrain.cli import main; main([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [(signal.SIGINT, "error: interrupted\n"), (signal.SIGTERM, "error: stopped by SIGTERM\n")],
+)
+def test_a_signal_while_libraries_are_imported_is_one_line(number: signal.Signals, line: str) -> None:
+    code = (
+        "import os, sys, time, types\n"
+        "from llmtrain import cli\n"
+        f"slow = lambda name: os.kill(os.getpid(), {number}) or time.sleep(60)\n"
+        "cli.importlib = types.SimpleNamespace(import_module=slow)\n"
+        "sys.exit(cli.main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert (done.returncode, done.stderr) == (128 + number, line)
+    heavy = "import sys, llmtrain.cli; sys.exit('pydantic' in sys.modules)"  # before the signals are heard
+    assert subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, timeout=30).returncode == 0
 
 
 def test_an_unknown_door_is_one_line() -> None:

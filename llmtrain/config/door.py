@@ -19,8 +19,6 @@ from llmtrain.distributed import World, quiet_threads
 SECONDS_FOR_OTHERS = 3.0
 """How long a rank that told a mistake waits for others that come with the same one."""
 
-INTERRUPTED = 130
-
 
 def plain_door(run: Callable[[], int | None]) -> int:
     """Calls `run` and returns the process's exit code; a mistake (UserError) is printed once."""
@@ -37,20 +35,28 @@ def rank_door(run: Callable[[World], int | None]) -> int:
         return int(run(world) or 0)
     except UserError as error:
         return _report(error.lines, error.exit_code, world)
-    except KeyboardInterrupt:
-        return _report(["interrupted"], INTERRUPTED, world)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
+        line = "; ".join(["stopped by SIGTERM" if terminated else "interrupted", *_notes(stop)])
+        return _report([line], 128 + (signal.SIGTERM if terminated else signal.SIGINT), world)
+
+
+def _notes(stop: KeyboardInterrupt) -> list[str]:
+    """What the work that was stopped has to say of it."""
+    return getattr(stop, "__notes__", [])
 
 
 def _report(lines: Sequence[str], exit_code: int, world: World) -> int:
     """Print in one write, unless another rank on this machine says the same already."""
-    if world.world_size > 1 and exit_code == INTERRUPTED and not world.is_main:
+    is_signal = exit_code > 128
+    if is_signal and not world.is_main:
         return exit_code
     with _only_speaker(lines, world) as speaks:
         if speaks:
             where = "" if world.is_main else f" (rank {world.rank} on {socket.gethostname()})"
             sys.stderr.write("".join(f"error: {without_secrets(line)}{where}\n" for line in lines))
             sys.stderr.flush()
-            if world.world_size > 1 and exit_code != INTERRUPTED:
+            if world.world_size > 1 and not is_signal:
                 time.sleep(SECONDS_FOR_OTHERS)
     return exit_code
 
@@ -90,23 +96,19 @@ def _set_up_logging(world: World) -> None:
     logging.getLogger("llmtrain").setLevel(logging.INFO if world.is_main else logging.WARNING)
 
 
-class _Terminated(KeyboardInterrupt):
+class Terminated(KeyboardInterrupt):
     """SIGTERM came."""
 
 
 @contextmanager
 def sigterm_is_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM unwinds what is half made, and is a UserError with 143: what the shell calls the signal."""
+    """SIGTERM unwinds what is half made; the door says so, and ends with what the shell calls the signal."""
 
     def stop(*_: object) -> None:
-        raise _Terminated
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except _Terminated:
-        raise UserError(
-            "stopped by SIGTERM; the same command goes on", exit_code=128 + signal.SIGTERM
-        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -35,6 +35,7 @@ from llmtrain.config.door import plain_door, rank_door
 from llmtrain.config.errors import UserError, describe, did_you_mean
 from llmtrain.config.help_page import config_groups, help_page
 from llmtrain.distributed import World
+from llmtrain.importing import signals_end_it
 
 VERSION_BASE = "1.3"
 MISSING = "???"
@@ -127,7 +128,8 @@ class _Door(Generic[C]):
             if world.is_main:
                 _show(options, self.doc, module.rpartition(".")[2], tree)
             return 0
-        root = self.root if isinstance(self.root, type) else self.root()
+        with signals_end_it():
+            root = self.root if isinstance(self.root, type) else self.root()
         return self.run(
             compose(root, options.overrides, tree.directory, tree.config_dir, primary=tree.primary)
         )

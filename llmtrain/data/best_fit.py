@@ -141,8 +141,18 @@ class ShardPacking:
     def paddings(self) -> NDArray[np.int64]:
         """The padding of each window: int64 [count]."""
         spans, edges = self._windows
-        stops = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])
-        return np.maximum(self._seq_len - np.diff(stops[edges]), 0)
+        return np.maximum(self._seq_len - _sums(spans[:, 1] - spans[:, 0], edges), 0)
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """How many tokens are labels in each window or begin a document there: int64 [count].
+
+        Over all windows that is every token once; the first of a piece that goes on is one elsewhere.
+        """
+        spans, edges = self._windows
+        offsets = np.asarray(self._offsets)
+        goes_on = offsets[np.searchsorted(offsets, spans[:, 0])] != spans[:, 0]
+        return _sums(spans[:, 1] - spans[:, 0] - goes_on, edges)
 
     def window(self, index: int) -> list[tuple[int, int]]:
         """The token spans (start, stop) of a window, at most L + 1 tokens, in the order of the shard."""
@@ -165,6 +175,11 @@ class ShardPacking:
             edges.append(block.edges[1:] + pieces)
             pieces += len(block.spans)
         return Windows(np.concatenate(spans), np.concatenate(edges))
+
+
+def _sums(numbers: NDArray[np.int64], edges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sum of the numbers between two edges and the next: int64 [len(edges) - 1]."""
+    return np.diff(np.concatenate([[0], np.cumsum(numbers)])[edges])
 
 
 def _mixed(windows: Windows) -> Windows:

@@ -17,15 +17,18 @@ from typing import Any, Literal
 
 from llmtrain.config import UserError
 from llmtrain.data.batch import Batch
+from llmtrain.data.held import Tally
 from llmtrain.data.mixture import Mixture, Stage, Weight, continue_stages
 from llmtrain.data.packing import Documents, Row, pack
-from llmtrain.data.padding import Padding
 from llmtrain.data.stream import Stream
 from llmtrain.data.windows import BestFit, Cut, Cutting, TokenSource
 
 Packing = Literal["cut", "best_fit"]
 Stretches = list[tuple[int, int]]
 """Windows of a source by the order of their service: from the first of each pair to before the second."""
+
+Counts = tuple[int, int, int]
+"""Of a source: its tokens that were trained, padding that was trained, its tokens that were skipped."""
 
 STATE_VERSION = 2
 STEPS_AHEAD = 2
@@ -148,10 +151,8 @@ class PackedDataset:
 
         cuttings = {name: cutting(sources[name]) for name in self.names}
         self.streams = {name: Stream(cuttings[name], name, seed, shuffle_span) for name in self.names}
-        self._padding = {
-            name: Padding(self.streams[name], one)
-            for name, one in cuttings.items()
-            if isinstance(one, BestFit)
+        self._tallies = {
+            name: Tally(self.streams[name], one) for name, one in cuttings.items() if isinstance(one, BestFit)
         }
         self._order: dict[str, Any] = {
             "seed": seed,
@@ -165,6 +166,8 @@ class PackedDataset:
         }
         self._earlier: dict[str, dict[str, Any]] = {}
         """What a resumed state said of its sources."""
+        self._resumed_at = 0
+        """The window at which that state stands."""
 
     def data_step(self, step: int) -> int:
         """The step of the order that a step of training trains: `skip` is a remap of step numbers."""
@@ -182,6 +185,10 @@ class PackedDataset:
             boundary_targets=self._boundary_targets,
             segment_length=self.segment_length(step),
         )
+
+    def weights(self, steps_done: int) -> dict[str, float]:
+        """The share of each source that the mixture steers to in the last of so many steps."""
+        return self.mixture.shares(max(self._order_done(steps_done) * self.global_batch_size - 1, 0))
 
     def needs(self, steps_done: int) -> tuple[dict[str, list[int]], dict[str, float]]:
         """Each source's shards in the order in which its first pass reads them, and its share from now on."""
@@ -203,11 +210,16 @@ class PackedDataset:
         return shortest + (self._seq_len - shortest) * (step - 1) // (until_step - 1)
 
     def batches(self, start_step: int, rank: int, world_size: int, pin_memory: bool = False) -> Batches:
-        """This rank's rows of step after step, without end: rank r of R has rG/R .. (r+1)G/R - 1."""
+        """This rank's rows of step after step, without end: rank r of R has rG/R .. (r+1)G/R - 1.
+
+        What the ledger of a step counts is counted before its batch is there, so that it waits for nothing.
+        """
         first, last = (r * self.global_batch_size // world_size for r in (rank, rank + 1))
 
         def load(step: int) -> Batch:
             batch = self.rows(step, first, last)
+            if self._tallies:
+                self._held(self._served(step))
             return batch.pin_memory() if pin_memory else batch
 
         return Batches(load, start_step)
@@ -215,9 +227,9 @@ class PackedDataset:
     def state(self, steps_done: int) -> dict[str, Any]:
         """Where the order stands after so many steps and what it depends on: a few hundred bytes of JSON."""
         done, content = self._order_done(steps_done), self._content()
-        for name, (trained, _) in self._served(steps_done).items():
-            if name in self._padding:  # once the source is removed, nobody can count it
-                content[name]["padding"] = self._padding_in(name, trained)
+        for name, held in self._held(self._served(steps_done)).items():
+            if name in self._tallies and held:  # once the source is removed, nobody can count it
+                content[name]["held"] = held
         return {
             "version": STATE_VERSION,
             "windows": done * self.global_batch_size,
@@ -254,62 +266,41 @@ class PackedDataset:
         resumed = copy(self)
         resumed.mixture = Mixture(continue_stages(state["stages"], self._stages, window))
         resumed.skip = Skip([*state["skip"], *self.skip.after(window // self.global_batch_size)])
-        resumed._earlier = dict(state["sources"])
+        resumed._earlier, resumed._resumed_at = dict(state["sources"]), window
         return resumed
 
     def epochs(self, steps: int) -> dict[str, float | None]:
         """Passes over each source that so many steps make, those to come included; waits for nothing.
 
-        None while the size of a pass is not known.
+        Padding is taken for tokens, as nobody knows it beforehand. None where the size is not known yet.
         """
-        places = {name: self._pass_places(name) for name in self.mixture.names}
+        sizes = {name: self._known(name)["tokens"] for name in self.mixture.names}
         windows = {name: _count(trained) for name, (trained, _) in self._served(steps).items()}
-        return {name: size and windows[name] * self._seq_len / size for name, size in places.items()}
+        return {name: size and windows[name] * self._seq_len / size for name, size in sizes.items()}
 
     def ledger(self, steps_done: int) -> dict[str, dict[str, Any]]:
         """What each source has served in so many steps, all of them trained: by arithmetic, and exact.
 
         weight: the share the mixture steers to now; share: of all windows trained, this source's part;
-        tokens, padding: inputs of these windows that hold a token, and that hold none; skipped: tokens of
-        windows that `skip` left out; total_tokens: T; pass_tokens: tokens of the windows of a pass (T where
-        the stream is cut); epochs: passes that the windows trained make; to_come: tokens that are not served
-        yet of the pass that is under way. The last four are None while the size of a pass is not known; where
-        documents are fitted in, all but T, and what was skipped, are not known of a source that was removed.
+        tokens, padding: inputs of these windows that hold a token, and that hold none; total_tokens: T;
+        trained, skipped: tokens of the source that are at home in windows trained, and in those that `skip`
+        left out (where the stream is cut, trained is tokens); epochs: trained / T; to_come: tokens that are
+        not served yet of the pass that is under way. epochs, T and to_come are None while T is not known.
+        `steps_done` is not before a state that was resumed.
         """
-        weights = self.mixture.shares(max(self._order_done(steps_done) * self.global_batch_size - 1, 0))
-        epochs = self.epochs(steps_done)
+        weights, served = self.weights(steps_done), self._served(steps_done)
+        held = self._held(served)
         whole = max(steps_done * self.global_batch_size, 1)
-        return {
-            name: {
+        rows = {}
+        for name, (trained, _) in served.items():
+            windows, total = _count(trained), self._known(name)["tokens"]
+            rows[name] = {
                 "weight": weights[name],
-                "share": _count(trained) / whole,
-                "total_tokens": self._known(name)["tokens"],
-                "epochs": epochs[name],
-                **self._account(name, trained, skipped),
+                "share": windows / whole,
+                "total_tokens": total,
+                **_account(windows * self._seq_len, total, held[name]),
             }
-            for name, (trained, skipped) in self._served(steps_done).items()
-        }
-
-    def _account(self, name: str, trained: Stretches, skipped: Stretches) -> dict[str, int | None]:
-        """What a source's ledger counts in tokens."""
-        padding = self._padding_in(name, trained)
-        if padding is None:
-            padding = int(self._earlier[name].get("padding", 0))
-        tokens = _count(trained) * self._seq_len - padding
-        empty, places = self._padding_in(name, skipped), self._pass_places(name)
-        left_out = None if empty is None else _count(skipped) * self._seq_len - empty
-        size = to_come = None
-        if places and left_out is not None:
-            size = places - (self._padding[name].of_pass if name in self._padding else 0)
-            served = (_count(trained) + _count(skipped)) * self._seq_len
-            to_come = max(-(-served // places), 1) * size - tokens - left_out
-        return {
-            "tokens": tokens,
-            "padding": padding,
-            "skipped": left_out,
-            "pass_tokens": size,
-            "to_come": to_come,
-        }
+        return rows
 
     def _order_done(self, steps_done: int) -> int:
         """The last step of the order that was trained."""
@@ -325,22 +316,35 @@ class PackedDataset:
             name: (some[::2], some[1::2]) for name, some in zip(self.mixture.names, stretches, strict=True)
         }
 
-    def _padding_in(self, name: str, windows: Stretches) -> int | None:
-        """Their padding; None where nobody can count it, because the source was removed."""
-        if self._order["packing"] == "cut" or not _count(windows):
-            return 0
-        if name not in self._padding:
-            return None
-        before = self._padding[name].before
-        return sum(before(last) - before(first) for first, last in windows)
+    def _held(self, served: dict[str, tuple[Stretches, Stretches]]) -> dict[str, Counts | None]:
+        """What was counted of each source in the windows that were served.
 
-    def _pass_places(self, name: str) -> int | None:
-        """Inputs of a pass over a source, those that hold no token included."""
+        None of a source that was removed, and of which its checkpoint does not say it.
+        """
+        resumed = dict(zip(self.mixture.names, self.mixture.counts(self._resumed_at), strict=True))
+        return {
+            name: self._counts(name, trained, skipped, resumed[name])
+            for name, (trained, skipped) in served.items()
+        }
+
+    def _counts(self, name: str, trained: Stretches, skipped: Stretches, resumed: int) -> Counts | None:
+        """`_held` of a source that had served `resumed` windows in the state that was resumed."""
         if self._order["packing"] == "cut":
-            tokens: int | None = self._known(name)["tokens"]
-            return tokens
-        windows = self.streams[name].units if name in self.streams else None
-        return windows and windows * self._seq_len
+            return _count(trained) * self._seq_len, 0, _count(skipped) * self._seq_len
+        saved = self._earlier.get(name, {}).get("held")
+        if saved is None:
+            if name not in self._tallies:
+                return None
+            saved, resumed = (0, 0, 0), 0
+        since, left_out = (
+            [self._tallies[name].between(max(first, resumed), last) for first, last in some if last > resumed]
+            for some in (trained, skipped)
+        )
+        return (
+            saved[0] + sum(held.tokens for held in since),
+            saved[1] + sum(held.padding for held in since),
+            saved[2] + sum(held.tokens for held in left_out),
+        )
 
     def _content(self) -> dict[str, dict[str, Any]]:
         """What is known of each source by now, those of earlier mixtures included."""
@@ -381,6 +385,22 @@ def _stages_of(
 
 def _count(windows: Stretches) -> int:
     return sum(last - first for first, last in windows)
+
+
+def _account(inputs: int, total: int | None, counts: Counts | None) -> dict[str, float | None]:
+    """What a source's ledger counts in tokens, of so many inputs trained."""
+    if counts is None:
+        return dict.fromkeys(("tokens", "padding", "trained", "skipped", "epochs", "to_come"))
+    trained, padding, skipped = counts
+    served = trained + skipped
+    return {
+        "tokens": inputs - padding,
+        "padding": padding,
+        "trained": trained,
+        "skipped": skipped,
+        "epochs": trained / total if total else None,
+        "to_come": max(-(-served // total), 1) * total - served if total else None,
+    }
 
 
 def is_same_text(source: TokenSource, saved: Mapping[str, Any]) -> bool:

@@ -51,7 +51,10 @@ HOPELESS = (1000, 10)
 """Reading stops early where, of so many records, so many times the allowed share is bad."""
 
 Tell = Callable[[int, int, int, int], None]
-"""Told after each batch how much more there is: bytes of input, documents, bytes of text, tokens."""
+"""Told after each batch how much more there is: bytes of input, documents, bytes of text, tokens.
+
+Less than nothing where a part is made again.
+"""
 
 
 @dataclass(frozen=True)
@@ -196,8 +199,14 @@ def _make_aside(task: Task, tokenizer: Tokenizer, tell: Tell) -> None:
 
 def _fill(task: Task, tokenizer: Tokenizer, aside: Path, tell: Tell) -> None:
     """Write the part's shards; once more, from the start, where the tokenizer's backend gave wrong ids."""
+    told = [0, 0, 0, 0]
+
+    def count(*more: int) -> None:
+        told[:] = map(sum, zip(told, more, strict=True))
+        tell(*more)
+
     try:
-        _Tokenizing(task, tokenizer, aside, tell).run()
+        _Tokenizing(task, tokenizer, aside, count).run()
     except OtherIdsError as error:
         logger.warning(
             "data.sources.%s: %s; part %d is made again without it; shards that it made before stay: to have"
@@ -205,6 +214,7 @@ def _fill(task: Task, tokenizer: Tokenizer, aside: Path, tell: Tell) -> None:
             task.name, error, task.number, task.directory, REFERENCE,
         )  # fmt: skip
         shutil.rmtree(aside)
+        tell(*(-number for number in told))
         _Tokenizing(task, tokenizer, aside, tell).run()
 
 

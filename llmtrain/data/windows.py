@@ -155,9 +155,14 @@ class BestFit:
     def sizes(self, shards: np.ndarray) -> np.ndarray:
         return self._known(shards)[0]
 
-    def padding(self, shards: np.ndarray) -> int:
-        """Padding of all windows of these shards."""
-        return int(self._known(shards)[1].sum())
+    def held(self, shard: int) -> np.ndarray:
+        """The tokens at home in each window of a shard, and its padding: int64 [windows, 2]."""
+        packing = self._packing(shard)
+        return np.stack([packing.tokens, packing.paddings], 1)
+
+    def held_by(self, shards: np.ndarray) -> np.ndarray:
+        """The tokens and the padding of all windows of these shards: int64 [2]."""
+        return np.array([self.source.lengths(shards).sum(), self._known(shards)[1].sum()], np.int64)
 
     def _known(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Windows and padding of each of these shards, counted where what is remembered cannot be right.
@@ -170,10 +175,6 @@ class BestFit:
             counts[place], paddings[place] = packing.count, packing.paddings.sum()
             self._counts[shards[place]], self._paddings[shards[place]] = counts[place], paddings[place]
         return counts, paddings
-
-    def paddings(self, shard: int) -> np.ndarray:
-        """Padding of each window of a shard: int64 [windows]."""
-        return self._packing(shard).paddings
 
     def _may_be_right(self, shards: np.ndarray, counts: np.ndarray, paddings: np.ndarray) -> np.ndarray:
         """Whether what was remembered has room for the shards' tokens, and is known: bool [shards]."""

@@ -112,8 +112,8 @@ def is_done(config: TrainConfig) -> bool:
     ):
         return False
     logger.info(
-        f"{directory.path}: already trained to step {found[-1][0]}; report: {directory.report}. "
-        "Raise max_steps to go on, or start anew with resume=never or name=<another>"
+        f"{directory.path}: already trained to step {found[-1][0]}, max_steps={config.max_steps}; report: "
+        f"{directory.report}. Raise max_steps to go on, or start anew with resume=never or name=<another>"
     )
     return True
 
@@ -215,7 +215,7 @@ def _tell_mixture(dataset: PackedDataset, step: int, max_steps: int) -> None:
     for name, share in dataset.needs(step)[1].items():
         now, end = by_now[name], at_the_end[name]
         if now is None or end is None:
-            passes = "its windows are counted as they are read"
+            passes = "its size is known when all of it is tokenised"
         else:
             so_far = f"{now:.2f} epochs by then, " if step else ""
             passes = f"{so_far}{end:.2f} epochs of {dataset.streams[name].source.tokens:,} tokens"

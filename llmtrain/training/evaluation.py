@@ -39,7 +39,7 @@ UNIGRAM_TOKENS = 50_000_000
 
 @dataclass(frozen=True)
 class Unigram:
-    """Token frequencies of the training text, mixed by its weights."""
+    """Token frequencies of the training text, mixed as the last step mixed it."""
 
     nats: np.ndarray
     """The negative log probability of each id, [vocab_size]."""
@@ -48,18 +48,19 @@ class Unigram:
 
     @classmethod
     def of(cls, dataset: PackedDataset, step: int, vocab_size: int) -> Unigram:
-        """Add-one frequencies a source, mixed by the weights after the step; waits for shards that it reads.
+        """Add-one frequencies a source, mixed by the weights of the step; waits for shards that it reads.
 
         Counted are the first UNIGRAM_TOKENS tokens of the shards that the run has come to by this step, in
         the order of the first pass: the order of the data decides, not how fast text is tokenised.
         """
-        _, weights = dataset.needs(step)
+        weights = dataset.weights(step)
         probability, tokens = np.zeros(vocab_size), {}
         for name, shards in dataset.shards_read(step).items():
             counts = unigram_counts(dataset.streams[name].source, shards, vocab_size, UNIGRAM_TOKENS)
             tokens[name] = int(counts.sum())
-            probability += weights[name] * (counts + 1) / (tokens[name] + vocab_size)
-        return cls(-np.log(probability), tokens)
+            probability += weights.get(name, 0.0) * (counts + 1) / (tokens[name] + vocab_size)
+        # Sums to 1, but for a source that was removed at this very step.
+        return cls(-np.log(probability / probability.sum()), tokens)
 
     def loss(self, text: HeldOut) -> float:
         """The sum of the losses of a text's targets, in nats."""

@@ -76,7 +76,7 @@ def _shares(name: str, asked: float, entry: Entry) -> list[str]:
         name,
         f"{100 * asked:.2f} %",
         f"{100 * entry['share']:.2f} %",
-        short(entry["tokens"]),
+        number(entry.get("trained"), short),
         number(entry.get("epochs"), "{:.3f}".format),
         number(entry.get("loss"), "{:.4f}".format),
         number(entry.get("skipped"), short),
@@ -104,9 +104,9 @@ def _left(name: str, begun: Sequence[Stage]) -> int | None:
 
 def _tokens(entry: Entry, left: int | None) -> str:
     """Tokens of the passes that have begun = trained + skipped + still to come."""
-    trained, skipped, to_come = entry["tokens"], entry.get("skipped"), entry.get("to_come")
-    size, passes = entry.get("pass_tokens"), 1
-    if size:
+    trained, skipped, to_come = entry.get("trained"), entry.get("skipped"), entry.get("to_come")
+    size, passes = entry.get("total_tokens"), 1
+    if size and trained is not None:
         passes = max(-(-(trained + (skipped or 0)) // size), 1)
     of = "the pass under way" if passes == 1 else f"{passes:,} passes, the last under way"
     rest = "still to come" if left is None else f"unread: out of the mixture since step {left:,}"
@@ -115,13 +115,14 @@ def _tokens(entry: Entry, left: int | None) -> str:
 
 
 def _inputs(entry: Entry, data: Mapping[str, Any]) -> str:
-    """Inputs of the windows trained = tokens + padding; empty where there is no padding."""
+    """Inputs of the windows trained = those with a token + padding; empty where there is no padding."""
     padding = entry.get("padding")
     if not padding:
         return ""
     windows = round(entry["share"] * data["step"] * data["global_batch_size"])
     return _sum(
-        (windows * data["seq_len"], "inputs trained"), [(entry["tokens"], "tokens"), (padding, "padding")]
+        (windows * data["seq_len"], "inputs trained"),
+        [(entry["tokens"], "with a token"), (padding, "padding")],
     )
 
 

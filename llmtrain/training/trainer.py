@@ -190,6 +190,11 @@ def begin(run: Run) -> None:
     if run.checkpoint is not None:
         load_checkpoint(run.checkpoint, run.engine, run.world)
         logger.info("resumed after step %d from %s", run.step, run.checkpoint)
+        if run.finished:
+            logger.info(
+                "nothing to train: the checkpoint is at step %d, max_steps=%d; raise max_steps to go on",
+                run.step, run.config.max_steps,
+            )  # fmt: skip
     if not run.world.is_main:
         return
     directory = run.directory

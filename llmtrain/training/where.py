@@ -166,11 +166,20 @@ def with_losses(data: RunData, finished: FinishedRun, row: dict[str, Any]) -> di
 def steps_with(
     data: RunData, documents: Iterator[tuple[str, int, int]], until: int
 ) -> Iterator[dict[str, Any]]:
-    """For each (source, shard, document): where it is from, and every (step, row) up to `until` with it."""
+    """For each (source, shard, document): where it is from, and every (step, row) up to `until` with it.
+
+    UserError where a run that is at work has not made the text of so many steps yet.
+    """
     for name, shard, document in documents:
         source = data.sources[name]
         start, stop = source.offsets(shard)[document : document + 2].tolist()
-        seen = steps_of(data.dataset, name, shard, start, stop, until)
+        try:
+            seen = steps_of(data.dataset, name, shard, start, stop, until)
+        except NotMadeError as error:
+            raise UserError(
+                f"until={until}: {data.prepared.progress(name)} of {name} are made, and it needs others; the"
+                f" run is at step {data.step}: lower until=, or ask again later"
+            ) from error
         yield {
             "source": name,
             **_document(source, shard, document),

@@ -154,6 +154,7 @@ def test_a_shard_packs_each_block_by_itself(lengths: list[int], max_padding: flo
             assert sorted(served[len(expected) : len(expected) + len(moved)]) == sorted(moved)
             expected += moved
     assert len(served) == len(expected)
+    assert packing.tokens.sum() == offsets[-1] and (packing.tokens > 0).all(), "each is at home in one window"
 
 
 def test_windows_are_not_served_by_length() -> None:

@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -156,9 +156,9 @@ def test_the_ledger_is_what_walking_finds() -> None:
             "share": served[source] / (steps * G),
             "tokens": tokens,
             "padding": 0,
+            "trained": tokens,
             "skipped": 0,
             "total_tokens": sources()[name].tokens,
-            "pass_tokens": sources()[name].tokens,
             "epochs": tokens / sources()[name].tokens,
             "to_come": -tokens % sources()[name].tokens,
         }
@@ -173,7 +173,7 @@ def test_the_state_is_small() -> None:
         source.tokens = 9_876_543_210_987
     weights = {name: 0.123456789 + i / 7 for i, name in enumerate(five)}
     data = dataset(five, weights, skip=[(100_000, 100_200)], packing="best_fit")
-    assert len(json.dumps(data.state(10**7))) < 1024
+    assert len(json.dumps(data.state(10**7), separators=(",", ":"))) < 1024
 
 
 @pytest.mark.parametrize(
@@ -445,20 +445,23 @@ def test_past_skips_stay_and_future_ones_are_free() -> None:
 
 def test_best_fit_serves_whole_windows_a_pass() -> None:
     data = dataset(packing="best_fit", max_padding=0.1)
-    assert data.ledger(1)["code"]["epochs"] is None  # not every shard was counted yet
     rows = [data.rows(step, 0, G) for step in range(1, 60)]
     ledger = data.ledger(59)
     for source, name in enumerate(data.names):
-        windows = data.streams[name].units or 0
+        windows, total = data.streams[name].units or 0, sources()[name].tokens or 0
         served = sum(int((batch.source_ids == source).sum()) for batch in rows)
         assert ledger[name]["tokens"] + ledger[name]["padding"] == served * L
-        assert ledger[name]["epochs"] == served / windows
-        assert ledger[name]["total_tokens"] == sources()[name].tokens
+        assert ledger[name]["trained"] // total == served // windows, "a pass of windows is a pass of tokens"
+        assert ledger[name]["epochs"] == ledger[name]["trained"] / total
+        assert ledger[name]["total_tokens"] == total
     with pytest.raises(UserError, match="packing was best_fit in the checkpoint and is cut now"):
         dataset().check_state(data.state(3))
     with pytest.raises(UserError, match=r"max_padding was 0\.1 in the checkpoint and is 0\.2 now"):
         dataset(packing="best_fit", max_padding=0.2).check_state(data.state(3))
     assert dataset(max_padding=0.2).check_state(dataset(max_padding=0.1).state(3)) == 3 * G
+
+
+FIELDS = ("input_ids", "labels", "source_ids")
 
 
 def visible() -> dict[str, ArraySource]:
@@ -472,33 +475,98 @@ def visible() -> dict[str, ArraySource]:
 
 @pytest.mark.parametrize("span", [5, 64])
 def test_the_ledger_of_best_fit_counts_tokens_and_padding_apart(span: int) -> None:
-    """Against every row that was read, over many passes and with stretches skipped."""
+    """Against every row that was read, from the first step on, over many passes, with stretches skipped."""
     data = dataset(visible(), packing="best_fit", max_padding=0.2, skip=[(2, 3), (7, 7)], shuffle_span=span)
     plain = dataset(visible(), packing="best_fit", max_padding=0.2, shuffle_span=span)
     rows = {step: plain.rows(step, 0, G) for step in range(1, 61)}
     found = {name: Counter[str]() for name in data.names}
+    firsts = {1, 41, 44, 134, 334, 1000, 1017, 2000, 2001, 2301, 2317}
+    sizes = {"web": 340, "code": 117, "books": 334}
     padded = 0
     for step in range(1, 58):
         for taken in range(data.data_step(step - 1) + 1 if step > 1 else 1, data.data_step(step) + 1):
-            what = "tokens" if taken == data.data_step(step) else "skipped"
-            for row, source in zip(rows[taken].input_ids, rows[taken].source_ids.tolist(), strict=True):
-                tokens = int((row != 0).sum())
-                found[data.names[source]].update({what: tokens, f"{what} padding": L - tokens})
+            what = "trained" if taken == data.data_step(step) else "skipped"
+            taken_rows = zip(*(getattr(rows[taken], field).tolist() for field in FIELDS), strict=True)
+            for ids, labels, source in taken_rows:
+                inputs = [token for token in ids if token]
+                home = {*inputs} & firsts | {*labels} - {-100}
+                found[data.names[source]].update(
+                    {f"{what} inputs": len(inputs), f"{what} padding": L - len(inputs), what: len(home)}
+                )
         ledger = data.ledger(step)
         assert sum(row["tokens"] + row["padding"] for row in ledger.values()) == step * G * L
         for name, row in ledger.items():
-            said = (row["tokens"], row["padding"], row["skipped"])
-            assert said == tuple(found[name][what] for what in ("tokens", "tokens padding", "skipped"))
-            if row["pass_tokens"]:
-                assert (row["tokens"] + row["skipped"] + row["to_come"]) % row["pass_tokens"] == 0
-                assert 0 <= row["to_come"] < 2 * row["pass_tokens"]
+            said = (row["tokens"], row["padding"], row["trained"], row["skipped"])
+            kinds = ("trained inputs", "trained padding", "trained", "skipped")
+            assert said == tuple(found[name][kind] for kind in kinds)
+            assert row["total_tokens"] == sizes[name]
+            assert row["epochs"] == row["trained"] / sizes[name]
+            assert (row["trained"] + row["skipped"] + row["to_come"]) % sizes[name] == 0
+            assert 0 <= row["to_come"] < sizes[name] or row["trained"] == 0
         padded = sum(row["padding"] for row in ledger.values())
     assert padded > 20
-    for name, row in ledger.items():  # and what a pass holds, against a pass
-        stream = plain.streams[name]
-        windows = [stream.pieces(window) for window in range(stream.units or 0)]
-        sizes = [min(sum(piece.stop - piece.start for piece in pieces), L) for pieces in windows]
-        assert row["pass_tokens"] == sum(sizes)
+    assert all(row["epochs"] > 2 for row in ledger.values())
+
+
+def test_epochs_of_best_fit_are_known_before_the_pass_is_laid_out() -> None:
+    """From the tokens alone: no shard is opened for them that the rows do not need."""
+
+    class Prepared(ArraySource):
+        def __init__(self, shards: Sequence[Sequence[Sequence[int]]]) -> None:
+            super().__init__(shards)
+            self.asked: list[int] = []
+
+        def offsets(self, shard: int) -> np.ndarray:
+            self.asked.append(shard)
+            return super().offsets(shard)
+
+    texts = [[[1 + i] * (30 + i % 7)] * 4 for i in range(40)]
+    prepared = Prepared(texts)
+    total = prepared.tokens or 0
+    for source in (prepared, GrowingSource(ArraySource(texts))):
+        data = dataset({"only": source}, {"only": 1}, packing="best_fit", shuffle_span=G)
+        for step in range(1, 20):  # each ends with a span
+            data.rows(step, 0, G)
+            made = set(source.asked)
+            row = data.ledger(step)["only"]
+            assert row["trained"] > 0 and row["tokens"] + row["padding"] == step * G * L
+            assert set(source.asked) == made and len(made) < 40
+            if source is prepared:
+                assert row["epochs"] == row["trained"] / total < 1
+                assert row["trained"] + row["to_come"] == total
+            else:
+                assert row["epochs"] is row["to_come"] is row["total_tokens"] is None
+
+
+def test_the_ledger_of_a_resumed_run_opens_no_earlier_span() -> None:
+    """Nor does the thread that trains wait for text: what it asks, the thread that reads has counted."""
+
+    class Watched(ArraySource):
+        asked: ClassVar[list[tuple[str, int]]] = []
+
+        def offsets(self, shard: int) -> np.ndarray:
+            self.asked.append((threading.current_thread().name, shard))
+            return super().offsets(shard)
+
+    texts = [[[1 + i] * n for n in (20, 40, 9, 30, 61)] for i in range(60)]
+    settings: dict[str, Any] = {"packing": "best_fit", "max_padding": 0.2, "skip": [(3, 4), (9, 9), (31, 32)]}
+    first = dataset({"only": ArraySource(texts)}, {"only": 1}, **settings)
+    state = json.loads(json.dumps(first.state(25)))
+    counted = {step: first.ledger(step) for step in range(25, 33)}
+    remembers = Watched(texts)
+    remembers.memory = first.streams["only"].source.memory  # type: ignore[attr-defined]
+    data = dataset({"only": remembers}, {"only": 1}, **settings).resumed(state)
+    assert data.state(25) == first.state(25) and data.ledger(25) == counted[25]
+    assert not Watched.asked
+    batches = data.batches(26, 0, 1)
+    for step in range(26, 33):
+        next(batches)
+        assert data.ledger(step) == counted[step]
+        assert data.state(step) == first.state(step)
+    batches.close()
+    early = first.streams["only"].first_order[:8]
+    assert Watched.asked and {thread[:13] for thread, _ in Watched.asked} == {"llmtrain-data"}
+    assert not set(early) & {shard for _, shard in Watched.asked}
 
 
 def test_a_far_ledger_reads_no_more_than_the_span_it_stands_in() -> None:
@@ -522,8 +590,7 @@ def test_a_far_ledger_reads_no_more_than_the_span_it_stands_in() -> None:
     assert row["tokens"] + row["padding"] == 10**9 * G * L
     assert len(Counting.asked) <= 3
     whole = (10**9 * G) // (made.streams["only"].units or 1)
-    per_pass = made.ledger(1)["only"]["pass_tokens"]
-    assert whole * per_pass <= row["tokens"] <= (whole + 1) * per_pass
+    assert whole <= row["epochs"] <= whole + 1
 
 
 @pytest.mark.parametrize("packing", ["cut", "best_fit"])
@@ -534,7 +601,7 @@ def test_a_removed_source_keeps_its_numbers(packing: str) -> None:
     left = dataset(without, {"web": 1, "code": 1}, packing=packing, max_padding=0.2).resumed(state)
     then, now = both.ledger(11)["books"], left.ledger(30)["books"]
     assert then["tokens"] > 0 and (then["padding"] > 0) == (packing == "best_fit")
-    for key in ("tokens", "padding", "total_tokens"):
+    for key in ("tokens", "padding", "trained", "skipped", "total_tokens", "epochs", "to_come"):
         assert now[key] == then[key], key
     again = dataset(without, {"web": 1, "code": 1}, packing=packing, max_padding=0.2)
     assert again.resumed(json.loads(json.dumps(left.state(30)))).ledger(30)["books"] == now

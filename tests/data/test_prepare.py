@@ -786,8 +786,12 @@ def test_the_door_may_be_killed_again_and_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "code", "line"),
     [
-        (signal.SIGINT, 130, "error: interrupted"),
-        (signal.SIGTERM, 143, "error: stopped by SIGTERM; the same command goes on"),
+        (signal.SIGINT, 130, "error: interrupted; finished shards are kept, the same command goes on"),
+        (
+            signal.SIGTERM,
+            143,
+            "error: stopped by SIGTERM; finished shards are kept, the same command goes on",
+        ),
     ],
 )
 def test_signals_end_the_door_in_one_line(
@@ -798,6 +802,22 @@ def test_signals_end_the_door_in_one_line(
     progress = [other for other in said.splitlines() if other.startswith("prepare ")]  # where it is slow
     assert (found, said.splitlines()) == (code, [*progress, line])
     assert not list(tmp_path.glob("cache/**/.tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [(signal.SIGINT, "error: interrupted\n"), (signal.SIGTERM, "error: stopped by SIGTERM\n")],
+)
+def test_signals_are_one_line_before_the_work_begins(number: signal.Signals, line: str) -> None:
+    """The class of the config takes seconds to import."""
+    code = (
+        "import os, time\n"
+        "from llmtrain import prepare\n"
+        f"prepare._config = lambda: os.kill(os.getpid(), {number}) or time.sleep(60)\n"
+        "prepare.main([])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (128 + number, line)
 
 
 def test_two_processes_at_once_do_the_work_once(slow: Path, tmp_path: Path) -> None:

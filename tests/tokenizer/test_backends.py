@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from llmtrain.config import UserError
 from llmtrain.data import tokenizing
 from llmtrain.data.prepare import prepare
+from llmtrain.data.progress import SilentProgress
 from llmtrain.data.readers import cutting
 from llmtrain.tokenizer import HuggingFaceConfig, HuggingFaceTokenizer, backends, huggingface, load_tokenizer
 from tests.data import test_prepare as preparing
@@ -255,7 +256,10 @@ def test_ids_that_differ_in_the_text_itself_are_found_while_it_is_prepared(
     with monkeypatch.context() as patch:
         patch.setattr(backends, "_BUILD", {"json": _building(wrong_once)})
         lying = _load("gpt2", "json")
-    found = prepare(data, lying, tmp_path / "cache").sources["one"]
+    progress = Watched()
+    found = prepare(data, lying, tmp_path / "cache", progress).sources["one"]
+    text_bytes = sum(len(text.encode()) for text in texts)
+    assert progress.last[:3] == ((tmp_path / "a.jsonl").stat().st_size, len(texts), text_bytes)
     for split in ("train", "validation"):
         ids, expected = (preparing.tokens_of(getattr(source, split)) for source in (found, reference))
         assert ids == expected != []
@@ -266,6 +270,42 @@ def test_ids_that_differ_in_the_text_itself_are_found_while_it_is_prepared(
     assert line.startswith("data.sources.one: json does not suit this tokenizer.json: its ids differ from ")
     assert f"delete {found.preparation.directory}, set tokenizer.backend=tokenizers" in line
     assert not list(found.preparation.directory.glob(".tmp-*"))
+
+
+class Watched(SilentProgress):
+    """Remembers how far it all had come in the end."""
+
+    last = (0, 0, 0, 0)
+
+    def update(self, *sums: int) -> None:
+        self.last = sums
+
+
+def test_one_document_in_so_many_is_given_to_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they come in batches: it is time that each one takes. Other places in other parts."""
+    plain = _load("gpt2", "tokenizers").encode_batch
+    monkeypatch.setattr(cutting, "SMALLEST", 8000)
+    monkeypatch.setattr(tokenizing, "CHECK_EVERY", 16)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 500)
+    monkeypatch.setattr(backends, "_BUILD", {"json": _building(plain)})
+    tokenizer = _load("gpt2", "json")
+    asked: list[str] = []
+    monkeypatch.setattr(tokenizer, "_encode_reference", lambda texts: asked.extend(texts) or plain(texts))
+    texts = [f"{number}: {text}" for number, text in enumerate(preparing.some_texts(400))]
+    data = preparing.one(preparing.write_texts(tmp_path / "a.jsonl", texts), boundary="eos")
+    preparation = prepare(data, tokenizer, tmp_path / "cache").sources["one"].preparation
+    assert preparation is not None
+    places, first = np.array([texts.index(text) for text in asked]), 0
+    firsts = set()
+    for number in range(len(preparation.parts)):
+        last = first + preparation.report(number).records
+        mine = places[(places >= first) & (places < last)] - first
+        assert mine[0] < 16 and last - first - mine[-1] <= 16 and set(np.diff(mine)) == {16}
+        firsts.add(int(mine[0]))
+        first = last
+    assert first == len(texts) and len(firsts) > 1
 
 
 class Panic(BaseException):

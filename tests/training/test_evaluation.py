@@ -278,6 +278,21 @@ def test_the_unigram_counts_what_the_run_has_come_to_and_waits_for_nothing_else(
     assert evaluate(Model(bigram_table()), unigram=again)["unigram_tokens"] == counted
 
 
+def test_the_unigram_is_of_the_last_step_also_where_a_stage_begins_behind_it() -> None:
+    shards = {name: [[text] for text in documents(seed, 30)] for name, seed in (("code", 8), ("prose", 9))}
+    sources = {name: ArraySource(texts) for name, texts in shards.items()}
+
+    def frequencies(*stages: dict[str, float]) -> np.ndarray:
+        order = PackedDataset(
+            sources, [(12 * number, weights) for number, weights in enumerate(stages)],
+            seq_len=SEQ_LEN, global_batch_size=4, seed=5, documents="separate", shuffle_span=2,
+        )  # fmt: skip
+        return Unigram.of(order, 3, VOCAB).nats
+
+    both, other = {"code": 0.75, "prose": 0.25}, {"prose": 1.0}
+    np.testing.assert_array_equal(frequencies(both, other), frequencies(both))
+
+
 def test_held_out_documents_are_the_first_ones_however_far_the_text_is(run_config: Any) -> None:
     complete = {"code": source(1), "none": ArraySource([[], []])}
     growing = {name: GrowingSource(one) for name, one in complete.items()}

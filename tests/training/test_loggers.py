@@ -268,6 +268,7 @@ def test_offline_wandb_has_the_ledger_of_a_run_by_its_steps(ranks, tiny, tmp_pat
     for key in ("data/tokens", "data/padding", "data/share", "data/epochs", "train/loss"):
         for name in ("code", "prose"):
             assert f"{key}/{name}" in history(file)[-1]
+    assert all(line["data/epochs/code"] > 0 for line in lines), "also before the first pass is laid out"
     last = lines[-1]
     counted = sum(last[f"data/{key}/{name}"] for key in ("tokens", "padding") for name in ("code", "prose"))
     assert counted == last["train/tokens"]

@@ -278,7 +278,7 @@ def test_stop_change_weights_add_and_remove_sources_kill_resume_and_nothing_is_r
         assert times.max() >= 1
     assert sum(row["tokens"] + row["padding"] for row in ledger.values()) == steps * G * L
     assert any(row["padding"] for row in ledger.values()) == (packing == "best_fit")
-    for key in ("tokens", "padding", "skipped", "pass_tokens", "epochs", "to_come", "input"):
+    for key in ("tokens", "padding", "trained", "skipped", "epochs", "to_come", "input"):
         assert ledger["prose"][key] == three["prose"][key] is not None, key
     page = re.sub(r"<[^>]+>", "", (run / "report.html").read_text()).replace("&nbsp;", " ")
     assert f"unread: out of the mixture since step {saved + 5}" in page
@@ -425,6 +425,22 @@ def test_a_document_is_searched_in_what_is_made(half_made, caplog):
     assert shards_made(half_made, "books") == 5
     half_made.unlock()
     assert [f"{one['file']}:{one['byte']}" for one in asked(half_made, document=place)[0]] == [place]
+
+
+@pytest.mark.timeout(60)
+def test_steps_until_one_whose_text_is_not_made(half_made):
+    place, word = a_document(half_made, "web", made=True)
+    total = open_data(half_made.path).sources["web"].shards
+    for question in ({"document": place}, {"text": f" {word}"}):
+        ((answer,), error) = asked(half_made, **question, until="5")
+        assert (answer["until_step"], error) == (5, "")
+        answers, error = asked(half_made, **question, until="1000")
+        assert answers == []
+        assert error == (
+            f"until=1000: 3 of {total} shards of web are made, and it needs others; the run is at step 5:"
+            " lower until=, or ask again later"
+        )
+    assert shards_made(half_made, "web") == 3
 
 
 def test_a_document_that_no_step_has_is_told_why(half_made, tmp_path):

@@ -115,7 +115,7 @@ def fill(run: RunDirectory) -> RunDirectory:
         )
     run.append_event("warning", step=8, text=HOSTILE)
     run.append_event("end", step=8)
-    ledger = {"weight": 3, "share": 0.75, "tokens": 3072, "epochs": 0.3, "total_tokens": 10_240}
+    ledger = {"weight": 3, "share": 0.75, "trained": 3072, "epochs": 0.3, "total_tokens": 10_240}
     run.write_json(
         "data.json", {"sources": {"code": ledger, "prose": {**ledger, "weight": 1, "share": 0.25}}}
     )
@@ -240,8 +240,8 @@ def entry(**changed: Any) -> dict[str, Any]:
     """A source as data.json has it: 1000 tokens, of which 300 are trained and 50 skipped."""
     came = {"documents": 47, "train": 40, "held_out": 2, "tokens": 1100, "text_bytes": 4400, "complete": True,
             "rejected": {"not JSON": 4, "empty": 1}}  # fmt: skip
-    whole = {"weight": 1, "share": 1.0, "tokens": 300, "skipped": 50, "total_tokens": 1000, "epochs": 0.3,
-             "pass_tokens": 1000, "to_come": 650, "loss": 2.25, "input": came}  # fmt: skip
+    whole = {"weight": 1, "share": 1.0, "tokens": 300, "trained": 300, "skipped": 50,
+             "total_tokens": 1000, "epochs": 0.3, "to_come": 650, "loss": 2.25, "input": came}  # fmt: skip
     return {**whole, **changed}
 
 
@@ -270,7 +270,7 @@ def test_the_table_says_what_was_asked_and_what_was_served(run: RunDirectory) ->
     seen = page_of(
         run,
         {
-            "code": entry(weight=0.75, share=0.6, tokens=1_234_567, epochs=1.23456, total_tokens=1_000_003),
+            "code": entry(weight=0.75, share=0.6, trained=1_234_567, epochs=1.23456, total_tokens=1_000_003),
             "prose": entry(weight=0.25, share=0.4, loss=None),
         },
     )
@@ -296,7 +296,7 @@ def test_everything_that_came_in_is_accounted_for(run: RunDirectory) -> None:
 def test_the_passes_that_have_begun_are_counted_whole(
     run: RunDirectory, trained: int, skipped: int, to_come: int, begun: int
 ) -> None:
-    source = entry(tokens=trained, skipped=skipped, to_come=to_come, epochs=trained / 1000)
+    source = entry(trained=trained, skipped=skipped, to_come=to_come, epochs=trained / 1000)
     seen = page_of(run, {"code": source})
     sentence = sums(seen)[1]
     passes = re.search(r"of (\d+) passes", sentence)
@@ -330,7 +330,7 @@ def test_a_sum_that_is_wrong_is_marked(
 
 
 def test_what_is_not_known_is_a_dash_and_no_mistake(run: RunDirectory) -> None:
-    unknown = dict.fromkeys(("total_tokens", "pass_tokens", "epochs", "to_come", "loss"))
+    unknown = dict.fromkeys(("total_tokens", "epochs", "to_come", "loss"))
     seen = page_of(run, {"live": entry(**unknown), "far": entry(**unknown, input=None)})
     row = ["100.00 %", "300", DASH, DASH, "50", DASH]
     assert seen.rows[1:3] == [["live", "50.00 %", *row], ["far", "50.00 %", *row]]
@@ -357,12 +357,11 @@ def test_text_that_is_still_tokenised_has_come_in_so_far(run: RunDirectory) -> N
 
 def test_padding_is_counted_apart(run: RunDirectory) -> None:
     windows = 12  # of 64 inputs, of 800 that were trained
-    padded = entry(tokens=64 * windows - 5, padding=5, share=windows / 800, skipped=64, total_tokens=1000,
-                   pass_tokens=1088, to_come=1088 - 64 * windows + 5 - 64)  # fmt: skip
+    padded = entry(tokens=64 * windows - 5, padding=5, share=windows / 800, trained=766, to_come=184)
     seen = page_of(run, {"code": padded})
     assert sums(seen)[1:] == [
-        "1,088 tokens of the pass under way = 763 trained + 64 skipped + 261 still to come",
-        "768 inputs trained = 763 tokens + 5 padding",
+        "1,000 tokens of the pass under way = 766 trained + 50 skipped + 184 still to come",
+        "768 inputs trained = 763 with a token + 5 padding",
     ]
     assert "add up" not in seen.text
     assert "does not add up: 769" in page_of(run, {"code": {**padded, "padding": 6}}).text

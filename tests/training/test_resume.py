@@ -121,6 +121,37 @@ def test_a_finished_run_is_left_alone_and_goes_on_when_max_steps_rises(ranks, ti
     assert sorted(records(tmp_path / "run")) == [1, 2, 3, 4]
 
 
+def test_max_steps_below_the_checkpoint_is_said(ranks, tiny, tmp_path):
+    """After a stop: the run has not finished."""
+    ranks.run([*tiny, "max_steps=3"], 1, tmp_path)
+    (tmp_path / "run" / "DONE").unlink()
+    for steps in (2, 3):
+        job = ranks.run([*tiny, f"max_steps={steps}"], 1, tmp_path)
+        line = f"nothing to train: the checkpoint is at step 3, max_steps={steps}; raise max_steps to go on"
+        assert job.output().splitlines().count(line) == 1
+        (tmp_path / "run" / "DONE").unlink()
+    job = ranks.run([*tiny, "max_steps=4"], 1, tmp_path)
+    assert "nothing to train" not in job.output()
+    assert sorted(records(tmp_path / "run")) == [1, 2, 3, 4]
+    job = ranks.run([*tiny, "max_steps=2"], 1, tmp_path)
+    assert "already trained to step 4, max_steps=2" in job.output()
+
+
+@pytest.mark.parametrize("windows", [-1, 1])
+def test_a_ledger_of_another_step_says_nothing_of_a_source_that_is_removed(ranks, tiny, tmp_path, windows):
+    """A kill between a checkpoint and its ledger leaves an older one, a checkpoint put back a newer one."""
+    ranks.run([*tiny, "max_steps=2"], 1, tmp_path)
+    run = tmp_path / "run"
+    ledger = json.loads((run / "data.json").read_text())
+    trained = ledger["sources"]["prose"]["tokens"]
+    ledger["sources"]["prose"]["tokens"] += windows * 64
+    (run / "data.json").write_text(json.dumps(ledger))
+    ranks.run([*tiny, "max_steps=3", "~data.sources.prose"], 1, tmp_path)
+    prose = json.loads((run / "data.json").read_text())["sources"]["prose"]
+    assert prose["tokens"] == trained
+    assert prose.get("input") is None
+
+
 def test_changed_settings_of_the_optimizer_hold_after_a_resume(ranks, tiny, tmp_path):
     for stage, precision in [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]:
         common = [*tiny, f"deepspeed=zero{stage}", f"precision={precision}", "checkpoint.every=2"]
