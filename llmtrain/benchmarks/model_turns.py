@@ -167,18 +167,17 @@ def ours(task: dict[str, Any], stage: int) -> Result:
 
 def bare(task: dict[str, Any]) -> Result:
     """Our decoder in a loop of torch alone: what there is to reach."""
-
+    from llmtrain.model.init import initialize_parameters
     from llmtrain.training.build import attention_use
 
     def build(config: TrainConfig, vocab_size: int, device: torch.device) -> Any:
-        decoder = config.model.build(vocab_size=vocab_size, seq_len=config.seq_len, seed=config.seed)
         use = attention_use(config, _precision(config))
-        chosen = config.model.assemble(vocab_size=vocab_size, seq_len=config.seq_len, use=use)
-        chosen.load_state_dict(decoder.state_dict())
-        chosen.to(device)
+        decoder = config.model.assemble(vocab_size=vocab_size, seq_len=config.seq_len, use=use)
+        initialize_parameters(decoder, config.seed)
+        decoder.to(device)
         if device.type == "cuda":
-            chosen.compile_blocks()
-        return chosen
+            decoder.compile_blocks()
+        return decoder
 
     def loss(model: Any, part: Batch) -> Tensor:
         total = model(part.input_ids, part.labels, part.position_ids, part.cu_seqlens).total
