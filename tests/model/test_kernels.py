@@ -21,7 +21,6 @@ from llmtrain.model.kernels.probe import check_isolation
 from llmtrain.model.position import alibi_slopes
 from tests.model.libraries import MODULES, stand_in
 from tests.model.small import KV_HEADS, POSITIONS, SEQ_LEN, VOCAB, decoder, relative_error
-from tests.training.test_syncs import HostReads, started
 
 CPU, HEADS, LENGTH = torch.device("cpu"), 4, 150
 PACKED = [0, 7, 8, 140, 150, 183, 300]
@@ -141,23 +140,6 @@ def test_one_graph_for_all_documents(monkeypatch: pytest.MonkeyPatch, backend: s
         found = outcome(kernel, cell, torch.float32, compiled, backward)
         agree(found, outcome(eager.KERNEL, cell, torch.float64), 2e-6)
         assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", choose.BACKENDS)
-def test_nothing_is_read_on_the_host(monkeypatch: pytest.MonkeyPatch, backend: str, mask: str) -> None:
-    """What is ours: below some attention there is a library, and torch's own for flex lets nobody look on."""
-    if mask in ("alibi", "both") and backend in ("flash4", "varlen"):
-        pytest.skip(f"{backend} has no ALiBi")
-    if backend in MODULES or backend == "varlen":
-        stand_in(monkeypatch, backend)
-    kernel, (*heads, documents, slopes) = choose.load(backend), inputs(mask, "GQA", 16, CPU)
-    q, k, v = (x.float() for x in heads)
-    with HostReads() as reads:
-        prepared = kernel.prepare(documents, slopes, torch.float32)
-        if backend in ("eager", "sdpa"):
-            kernel.attend(q, k, v, prepared)
-    assert reads.count == 0
 
 
 def test_layers_share_the_mask_that_sdpa_keeps_for_the_backward_pass() -> None:
@@ -389,11 +371,3 @@ def test_the_probe_finds_rows_that_meet() -> None:
     mixed = lambda ids, positions, starts: model(ids, None, positions, starts).cumsum(0)  # noqa: E731
     with torch.no_grad(), pytest.raises(UserError, match="moved logits of another row"):
         check_isolation(mixed, backend="mine", documents=True, vocab_size=VOCAB, seq_len=SEQ_LEN, device=CPU)
-
-
-def test_a_run_does_not_start_with_a_kernel_that_ignores_documents(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sdpa, "KERNEL", Kernel("sdpa", one_document, eager.attend))
-    with pytest.raises(UserError, match="backend=sdpa: a changed token moved logits"), started(tiny):
-        pass
