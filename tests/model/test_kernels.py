@@ -87,10 +87,10 @@ def test_gpu_backends_equal_float64(backend: str, mask: str, heads: str) -> None
     kernel, cell = choose.load(backend), inputs(mask, heads, 64, torch.device(device))
     cell = tuple(x.bfloat16().double() for x in cell[:3]) + cell[3:]
     expected = outcome(eager.KERNEL, cell, torch.float64)
-    agree(outcome(kernel, cell, torch.bfloat16), expected, 2e-2)
+    agree(outcome(kernel, cell, torch.bfloat16), expected, 3e-2)
     torch._dynamo.reset()  # it compiles a function a few times only
     compiled = torch.compile(kernel.attend, fullgraph=True, dynamic=False)
-    agree(outcome(kernel, cell, torch.bfloat16, compiled), expected, 2e-2)
+    agree(outcome(kernel, cell, torch.bfloat16, compiled), expected, 3e-2)
 
 
 @pytest.mark.parametrize(("mask", "heads"), CELLS)
