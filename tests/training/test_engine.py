@@ -73,8 +73,6 @@ BF16_OF_EACH_STAGE = [(0, "bf16_autocast"), (1, "bf16"), (2, "bf16"), (3, "bf16"
 
 
 @pytest.mark.parametrize(("stage", "precision"), BF16_OF_EACH_STAGE)
-    ("stage", "precision"), [(0, "bf16_autocast"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
-)
 def test_bf16_accumulates_gradients_in_fp32(tiny, stage, precision):
     """64 times the same row is the row: its bf16 gradients are the same but for their exponent."""
     norms = []
