@@ -18,6 +18,7 @@ from llmtrain.distributed import World
 from llmtrain.training.build import build_model_engine
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.engine import Engine
+from llmtrain.training.engine.weights import CheckpointWeights
 
 SHAPE = [
     "tokenizer=bytes", "model.d_model=24", "model.n_layers=2", "model.n_heads=4", "model.d_ff=40",
@@ -70,8 +71,8 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().float().cpu().clone() for name, parameter in named.items()}
 
 
-def trained(case: str, world: World) -> dict[str, Any]:
-    """Weights before, after, and what a step whose gradient is not finite changed between the last two."""
+def trained(case: str, world: World, directory: Path) -> dict[str, Any]:
+    """Weights before and after, and as a checkpoint has them; a step that is not finite lies between."""
     config = configured(case)
     precision = "bf16_autocast" if "bf16" in case else "fp32"
     engine = build_model_engine(config, world, VOCABULARY, 1, precision)
@@ -90,6 +91,9 @@ def trained(case: str, world: World) -> dict[str, Any]:
     spoilt.remove()
     assert step(len(RATES) - 1, RATES[-1])
     found["after"] = weights(engine)
+    engine.save(directory)
+    distributed.barrier()
+    found["saved"] = dict(CheckpointWeights(directory, config.deepspeed.stage))
     engine.close()
     return found
 
@@ -98,7 +102,7 @@ def main(file: Path) -> None:
     torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's update, which takes a minute here
     world = World.from_environment()
     distributed.initialize(world)
-    found = {case: trained(case, world) for case in CASES}
+    found = {case: trained(case, world, file.parent / case) for case in CASES}
     if world.is_main:
         torch.save(found, file)
     distributed.finalize()

@@ -20,7 +20,9 @@ from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.optimizers import build_optimizer
 from tests.ranks import EAGER, free_port
 from tests.training.optimizer_ranks import CASES, RATES, VOCABULARY, configured, rows
+from tests.training.test_engine import batch, build
 from tests.training.test_resume import records
+from tests.training.test_syncs import HostReads
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -63,6 +65,13 @@ def test_weights_against_a_plain_loop(trained, case):
 def test_a_step_that_is_not_finite_is_left_out(trained, case):
     """The plain loop knows nothing of it: weights and states are as if it had not been."""
     assert trained[case]["skipped"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_holds_the_weights(trained, case):
+    saved, after = trained[case]["saved"], trained[case]["after"]
+    assert set(saved) == set(after)
+    assert all(torch.equal(saved[name], after[name]) for name in after)
 
 
 def plain_loop(config: TrainConfig, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,3 +192,12 @@ def test_muon_s_momentum_is_the_key_s(tiny):
         model = config.model.assemble(vocab_size=258, seq_len=64)
     groups = build_optimizer(config.optimizer, model).param_groups
     assert [group["momentum"] for group in groups if group["use_muon"]] == [0.5]
+
+
+def test_lion_s_step_reads_nothing_of_the_device(tiny):
+    _, engine = build([*tiny, "optimizer=lion", "deepspeed=zero0"])
+    for _ in range(2):
+        with HostReads() as reads:
+            engine.train_step(batch(8, 64), lr=1e-3)
+    assert reads.count == 0
+    engine.close()

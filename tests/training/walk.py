@@ -48,7 +48,12 @@ CASES = [
     *((f"zero{stage}", "bf16") for stage in (1, 2, 3)),
     ("zero2_offload", "bf16"),
     ("zero3_offload", "bf16"),
+    ("zero1 optimizer=lion", "bf16"),
+    ("zero3 optimizer=lion", "fp32"),
+    ("zero1 optimizer=muon", "fp32"),
+    ("zero2 optimizer=muon", "bf16_autocast"),
 ]
+"""An option of `deepspeed`, perhaps one of `optimizer`, and a precision."""
 VOCABULARY = 258
 
 
@@ -78,7 +83,7 @@ def walk(world: World, directory: Path, cases: list[str]) -> Iterator[dict[str, 
         case = f"{option} {precision}"
         if cases and case not in cases:
             continue
-        config = compose(TrainConfig, [*SHAPE, f"deepspeed={option}"])
+        config = compose(TrainConfig, [*SHAPE, *f"deepspeed={option}".split()])
         before = storages()  # held, so that no address is given away again
 
         def found(before: dict[int, torch.UntypedStorage] = before) -> int:
@@ -100,12 +105,13 @@ def walk(world: World, directory: Path, cases: list[str]) -> Iterator[dict[str, 
         engine.save(directory / option / precision)
         engine.close()
         del engine, optimizer, parameters, states
+        ranks = distributed.gather_objects({**parts, "total": between_steps})
         model, layout = Model.of(config, VOCABULARY), Layout.of(config, world.world_size, precision)
         kept, needed = state(model, layout), memory(model, layout)
         files = (directory / option / precision).rglob("*.pt")
         yield {
             "case": case,
-            "found": {**parts, "total": between_steps},
+            "found": {key: max(rank[key] for rank in ranks) for key in ranks[0]},
             "state": {"weights": kept.weights, "optimizer": kept.optimizer, "total": kept.total},
             "gradients": gradients,
             "predicted_gradients": needed.gradients,
@@ -128,6 +134,7 @@ def batch(rows: int, length: int) -> Batch:
 
 
 def main(file: Path, cases: list[str]) -> None:
+    torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's update, which takes a minute here
     world = World.from_environment()
     distributed.initialize(world)
     found = list(walk(world, file.parent / "checkpoints", cases))

@@ -35,12 +35,13 @@ taken to be fused: no scores and no masks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from llmtrain.model.feed_forward import GATED
 from llmtrain.model.loss import CHUNK
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.config import ResolvedPrecision, ZeroConfig
-from llmtrain.training.sizing.model import Model
+from llmtrain.training.sizing.model import Group, Model
 
 WIDTHS: dict[ResolvedPrecision, tuple[int, int, int]] = {
     "fp32": (4, 4, 4),
@@ -162,24 +163,29 @@ def state(model: Model, layout: Layout) -> State:
             buckets += w * model.largest
     states = 0
     for part, group in zip(parts, model.groups, strict=True):
-        if group.whole and layout.stage < 3 and not layout.offloads_optimizer:
-            momentum = 4 * touched(group.sizes, part, n)
-            states, buckets = states + momentum, buckets + momentum
-        else:
-            states += 4 * part * group.states
+        kept = 4 * (held(group, layout) if layout.stage < 3 else part)
+        states += kept * group.states
+        buckets += kept * (layout.stage < 3 and keeps_whole(group, layout))
     return State(weights, masters, states, accumulators, buckets, staging)
 
 
-def touched(sizes: tuple[int, ...], part: int, ranks: int) -> int:
-    """Elements of the parameters, end to end, of which a rank has any in its part; the most of all ranks."""
+def keeps_whole(group: Group, layout: Layout) -> bool:
+    """Whether stages 1 and 2 keep all of each parameter that a rank has a part of."""
+    return group.whole and not layout.offloads_optimizer
+
+
+def held(group: Group, layout: Layout) -> int:
+    """Elements of a group that a rank of stages 1 and 2 steps on: its part; the most of all ranks."""
+    part = padded_flat(group.sizes, layout) // layout.ranks
+    if not keeps_whole(group, layout):
+        return part
     most = 0
-    for rank in range(ranks):
-        place = found = 0
-        for size in sizes:
-            if place < (rank + 1) * part and place + size > rank * part:
-                found += size
-            place += size
-        most = max(most, found)
+    for start in range(0, part * layout.ranks, part):
+        ends = accumulate(group.sizes)
+        touched = (
+            s for s, end in zip(group.sizes, ends, strict=True) if end > start and end - s < start + part
+        )
+        most = max(most, sum(touched))
     return most
 
 
@@ -309,7 +315,7 @@ class _Passing:
 def _passing(model: Model, layout: Layout) -> _Passing:
     w, whole = WIDTHS[layout.precision][0], model.elements
     largest = model.largest
-    part = 4 * sum(padded_flat(group.sizes, layout) for group in model.groups) // layout.ranks
+    part = 4 * sum(held(group, layout) for group in model.groups)
     buckets = w * layout.zero.reduce_bucket_size * (2 if layout.zero.overlap_comm else 1)
     if layout.stage == 0:
         return _Passing(w * whole, 0, w * min(whole, ALLREDUCE_ELEMENTS + largest))
