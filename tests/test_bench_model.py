@@ -1,4 +1,4 @@
-"""`llmtrain bench model` on a tiny model: every loop trains the same, and what is told of it is counted right."""
+"""`llmtrain bench model` on a tiny model: all loops train the same, and what is told is counted right."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class GPT(torch.nn.Module):
 
     def forward(self, idx, targets):
         logits = self.table(idx) @ self.table.weight.T
-        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 '''
 
 
 def test_every_loop_trains_the_same_model_on_the_same_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Losses of the trainer, of a loop of torch and of transformers under DeepSpeed: three of them, one curve."""
+    """The trainer, a loop of torch, and transformers under DeepSpeed have one curve of losses."""
     output, gpt = tmp_path / "model.json", tmp_path / "gpt.py"
     gpt.write_text(NANOGPT)
     words = ["--vocab-size", "512", "--seq-len", "32", "--micro-batch-size", "2", "--global-batch-size", "4"]

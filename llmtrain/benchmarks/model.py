@@ -106,13 +106,9 @@ def overrides(sizes: Sizes, directory: str) -> list[str]:
         *(f"{key}={getattr(sizes, key)}" for key in ("micro_batch_size", "global_batch_size")),
         *("tokenizer=huggingface", f"tokenizer.path={directory}/tokenizer.json", "data.boundary=eos"),
         *("data.documents=attend", "data.validation_fraction=0", "data.preparation=ahead"),
-        *(
-            "optimizer=adamw",
-            "scheduler=constant",
-            "max_steps=1000000",
-            f"log_every={EVERY}",
-            "logger.progress=none",
-        ),
+        *("~data.sources.code", "~data.sources.docstrings", "data.sources.prose.weight=1"),  # soon prepared
+        *("optimizer=adamw", "scheduler=constant", "max_steps=1000000"),
+        *(f"log_every={EVERY}", "logger.progress=none"),
         *("callbacks.evaluation.every=0", "callbacks.sample.every=0", "callbacks.sample.prompts=[]"),
         *("checkpoint.every=1000000", "resume=never"),
         *(f"cache_dir={directory}/cache", f"output_dir={directory}/runs"),
