@@ -67,7 +67,7 @@ def test_the_door_measures_all_and_names_what_is_not_here(
             assert result["both_tflops"] == pytest.approx(expected)
             assert (
                 min(result["forward_ms"], result["both_ms"]) > 0
-            )  # a busy machine may order them as it likes
+            )
     if not torch.cuda.is_available():
         assert "- causal, flash: needs an NVIDIA GPU" in printed
         assert "out_error" in report["masks"]["both"]["flex"]
