@@ -65,9 +65,7 @@ def test_the_door_measures_all_and_names_what_is_not_here(
             assert len(result["rounds"]) == 2
             expected = 3.5 * result["flops"] / (result["both_ms"] * 1e-3) / 1e12
             assert result["both_tflops"] == pytest.approx(expected)
-            assert (
-                min(result["forward_ms"], result["both_ms"]) > 0
-            )
+            assert min(result["forward_ms"], result["both_ms"]) > 0
     if not torch.cuda.is_available():
         assert "- causal, flash: needs an NVIDIA GPU" in printed
         assert "out_error" in report["masks"]["both"]["flex"]
