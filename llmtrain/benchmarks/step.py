@@ -29,30 +29,30 @@ SHAPE = [
 
 
 class BareLoop:
-    """Forward, backward and step of an engine with a run's settings, as DeepSpeed's tutorial has them."""
+    """Forward, backward and step of the run's own engine, as DeepSpeed's tutorial has them.
+
+    A second engine would be as much DeepSpeed's, but lie elsewhere in memory: that alone is a percent or two.
+    """
 
     def __init__(self, run: Run, batches: int = 8) -> None:
-        from llmtrain.training.build import build_model_engine
-
         config = run.config
-        tokenizer, names = run.tokenizer, run.dataset.names
-        built = build_model_engine(config, run.world, tokenizer.vocab_size, len(names), run.precision)
-        self._engine = built.deepspeed
-        # Under stage 0 our engine clips; here DeepSpeed has to.
-        self._engine._config.gradient_clipping = config.optimizer.gradient_clipping
+        self._engine = run.engine.deepspeed
+        self._clipping = config.optimizer.gradient_clipping
         rows = [run.dataset.rows(step, 0, config.global_batch_size) for step in range(1, batches + 1)]
-        self._batches = cycle([batch.to(built.device).split(config.micro_batch_size) for batch in rows])
+        self._batches = cycle([batch.to(run.engine.device).split(config.micro_batch_size) for batch in rows])
 
-    def step(self) -> None:
-        """One optimizer step on rows that are there already."""
-        for part in next(self._batches):
-            losses = self._engine(part.input_ids, part.labels, part.position_ids, part.cu_seqlens)
-            self._engine.backward(losses.total / part.labels.numel())
-            self._engine.step()
-
-    def close(self) -> None:
-        """Free what the engine holds."""
-        self._engine.destroy()
+    def steps(self, count: int) -> None:
+        """Optimizer steps on rows that are there already."""
+        config, optimizer = self._engine._config, self._engine.optimizer
+        # Under stage 0 our engine clips, by what the fused optimizer divides by; here DeepSpeed has to.
+        before, config.gradient_clipping = config.gradient_clipping, self._clipping
+        optimizer.grad_scale = optimizer.found_inf = None
+        for _ in range(count):
+            for part in next(self._batches):
+                losses = self._engine(part.input_ids, part.labels, part.position_ids, part.cu_seqlens)
+                self._engine.backward(losses.total / part.labels.numel())
+                self._engine.step()
+        config.gradient_clipping = before
 
 
 class Turns:
@@ -77,8 +77,7 @@ class Turns:
         ours = time.process_time() - self._since
         gc.collect()  # before the turn of each: DeepSpeed leaves cycles, and finding them costs both alike
         began = time.process_time()
-        for _ in range(self._every):
-            self._bare.step()
+        self._bare.steps(self._every)
         bare = time.process_time() - began
         if run.step > self._warm_up:
             self.pairs.append((ours, bare))
