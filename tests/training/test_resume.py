@@ -91,6 +91,7 @@ def test_keep_and_every(ranks, tiny, tmp_path):
         (["global_batch_size=16"], 1, "global_batch_size"),
         (["deepspeed=zero2"], 1, "deepspeed.zero_optimization.stage"),
         (["precision=bf16"], 1, "precision"),
+        (["optimizer=lion"], 1, "optimizer=lion"),
         ([], 2, "number of ranks"),
     ],
 )
