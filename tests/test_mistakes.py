@@ -36,7 +36,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a batch that micro batches do not divide": (["micro_batch_size=3"], "global_batch_size=8"),
     "a key that belongs elsewhere": (["+deepspeed.train_batch_size=8"], "global_batch_size"),
     "a combination that computes wrongly": (["deepspeed=zero0", "precision=bf16"], "precision=bf16"),
-    "FP8 where weights lie in parts": (["deepspeed=zero3", "precision=bf16", "fp8=rowwise"], "fp8=rowwise"),
+    "FP8 that would hold what ZeRO-3 gathers": (
+        ["deepspeed=zero3", "precision=bf16", "fp8=rowwise", "compile=false"],
+        "fp8=rowwise",
+    ),
     "an attention backend that is not here": (["model/attention=flash"], "model.attention.backend=flash"),
     "an unknown way to compile": (["compile=maybe"], "compile=maybe"),
     "an unknown FP8 recipe": (["fp8=rowise"], "fp8=rowise"),

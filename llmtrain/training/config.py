@@ -97,10 +97,11 @@ class TrainConfig(Config):
             )
         if isinstance(self.optimizer, MuonConfig):
             check_muon(self.deepspeed, self.precision)
-        if self.fp8 and self.deepspeed.stage == 3:
+        kept = self.compile is False and not self.activation_checkpointing
+        if self.fp8 and self.deepspeed.stage == 3 and kept:
             raise ValueError(
-                f"fp8={self.fp8} with deepspeed=zero3: ZeRO-3 holds weights in parts, FP8 scales whole ones; "
-                "use deepspeed=zero2, or fp8=false"
+                f"fp8={self.fp8} with deepspeed=zero3 and compile=false: every gathered weight would stay "
+                "until the backward pass; use compile=true, or activation_checkpointing=true"
             )
         if self.fp8 and self.precision == "fp32":
             raise ValueError(

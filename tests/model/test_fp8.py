@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,10 @@ from llmtrain.model import Decoder
 from llmtrain.model.fp8 import check_fp8, convert_to_fp8
 from llmtrain.training.config import TrainConfig
 from tests.model.small import decoder, packed_batch, relative_error
+from tests.training.test_engine import batch, build
+
+PARTITIONED = "aot_eager_decomp_partition"
+"""A backend that cuts a graph into forward and backward as inductor does, and compiles nothing."""
 
 NAMES = ["attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down"]
 
@@ -76,7 +82,10 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["deepspeed=zero3"], "fp8=tensorwise with deepspeed=zero3"),
+        (
+            ["deepspeed=zero3", "compile=false"],
+            "zero3 and compile=false: .*; use compile=true",
+        ),
         (["precision=fp32"], "fp8=tensorwise with precision=fp32"),
     ],
 )
@@ -85,21 +94,71 @@ def test_what_cannot_be_is_refused(tiny: list[str], overrides: list[str], named:
         compose(TrainConfig, [*tiny, "precision=bf16", "fp8=tensorwise", *overrides])
 
 
+def test_compiled_blocks_keep_no_weight_that_zero3_gathered(tiny: list[str], monkeypatch: Any) -> None:
+    """Torchao saves a view of each weight, which the partitioner of compiled blocks makes again."""
+    torch._dynamo.reset()
+    compile_blocks = Decoder.compile_blocks
+    monkeypatch.setattr(
+        Decoder, "compile_blocks", lambda it: compile_blocks(it, "aot_eager_decomp_partition")
+    )
+    threshold = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+    options = ["deepspeed=zero3", threshold, "precision=bf16", "fp8=tensorwise", "compile=true"]
+    _, engine = build([*tiny, *options], "bf16")
+    matrices = {tuple(weight.ds_shape) for weight in engine.model.blocks.parameters()}
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if {tuple(tensor.shape), tuple(tensor.shape)[::-1]} & {it for it in matrices if len(it) == 2}:
+            kept.append(tensor)
+        return tensor
+
+    part = batch(1, 40)  # no activation of 40 tokens has the shape of a matrix
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        engine.deepspeed(part.input_ids, part.labels, part.position_ids, part.cu_seqlens)
+    assert [tensor.untyped_storage().nbytes() for tensor in kept] == [0] * 8  # freed when the block was done
+    engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "bf16_autocast"), (1, "bf16"), (1, "bf16_autocast"), (2, "bf16"), (3, "bf16")],
+)
+@pytest.mark.parametrize("compiles", ["false", "true"])
+def test_two_ranks_train_as_without(
+    ranks: Any, tiny: list[str], tmp_path: Path, stage: int, precision: str, compiles: str
+) -> None:
+    common = [f"deepspeed=zero{stage}", f"precision={precision}", "max_steps=6", f"compile={compiles}"]
+    losses = {}
+    for recipe in ("false", "tensorwise", "rowwise"):
+        run = tmp_path / recipe
+        options = [*common, f"fp8={recipe}", "activation_checkpointing=true", f"output_dir={run}"]
+        ranks.run([*tiny, *options], 2, tmp_path)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        losses[recipe] = [json.loads(line)["train/loss"] for line in lines]
+    for recipe in ("tensorwise", "rowwise"):
+        assert losses[recipe] == pytest.approx(losses["false"], abs=0.02)
+        assert losses[recipe] != losses["false"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8 on CUDA"
 )
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 @pytest.mark.parametrize("compiles", [False, True])
-def test_on_a_gpu_losses_are_near_those_of_bf16(recipe: Any, compiles: bool) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_on_a_gpu_losses_are_near_those_of_bf16(recipe: Any, compiles: bool, autocast: bool) -> None:
     torch._dynamo.reset()
     sizes = {"d_model": 256, "d_ff": 512, "n_heads": 4}
-    plain, ours = (shape(**sizes).cuda().bfloat16() for _ in range(2))
+    weights = torch.float32 if autocast else torch.bfloat16
+    plain, ours = (shape(**sizes).to("cuda", weights) for _ in range(2))
     convert_to_fp8(ours, recipe)
     if compiles:
         ours.compile_blocks()
-    batch = {name: tensor.cuda() for name, tensor in packed_batch().items()}
-    expected, losses = plain(**batch), ours(**batch)
+    packed = {name: tensor.cuda() for name, tensor in packed_batch().items()}
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        expected, losses = plain(**packed), ours(**packed)
     losses.total.backward()
     assert relative_error(losses.rows, expected.rows) < 1e-2
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())

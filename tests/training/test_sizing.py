@@ -27,7 +27,7 @@ from tests.training.walk import CASES
 
 TINY = [
     "tokenizer=bytes", "model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2",
-    "model.d_ff=160", "seq_len=32", "global_batch_size=8", "micro_batch_size=2",
+    "model.d_ff=160", "seq_len=32", "global_batch_size=8", "micro_batch_size=2", "compile=false",
 ]  # fmt: skip
 VOCABULARY = 258
 
@@ -190,9 +190,8 @@ def test_activations_against_saved_tensors(overrides: list[str], precision: Any)
 )
 def test_activations_against_torch_s_partitioner(overrides: list[str], precision: Any) -> None:
     """What compiled blocks keep, RMSNorm included: the cut is made alike on every device."""
-    config = configured(*overrides)
-    model = Model.of(config, VOCABULARY)
-    layout = replace(Layout.of(config, 1, precision), compiled=True)
+    config = configured(*overrides, "compile=true")
+    model, layout = Model.of(config, VOCABULARY), Layout.of(config, 1, precision)
     casts = 2 * model.block_matrices if precision == "bf16_autocast" else 0
     statistics = 64 * 2 * 4 if precision == "bf16" and LAYERNORM in overrides else 0
     predicted = 64 * saved_by_block(model, layout) + casts - statistics
