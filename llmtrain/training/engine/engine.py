@@ -17,7 +17,7 @@ from llmtrain.model import Decoder
 from llmtrain.model.init import Gather
 from llmtrain.optim.adamw import OptimizerConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
-from llmtrain.training.engine.weights import allow_state_classes
+from llmtrain.training.engine.weights import allow_state_classes, write_enums_by_value
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ class Engine:
         DeepSpeed ends a save with a barrier: a rank that raised before it would leave the others waiting.
         """
         writer, errors = self.deepspeed.checkpoint_engine, []
+        write_enums_by_value()
 
         def save(state_dict: Any, path: str) -> None:
             try:
