@@ -11,6 +11,7 @@ import torch
 from llmtrain.config import UserError
 from llmtrain.distributed import World
 from llmtrain.training.checkpoint import checkpoints, find_checkpoint, save_checkpoint, sweep
+from llmtrain.training.engine.weights import allow_state_classes, write_enums_by_value
 
 
 class FakeEngine:
@@ -99,3 +100,17 @@ def test_what_resume_means(tmp_path):
         find_checkpoint(str(other / "step_00000002"), other)
     with pytest.raises(UserError, match="nowhere"):
         find_checkpoint("nowhere", own)
+
+
+def test_enums_are_written_as_data_by_every_python(tmp_path, monkeypatch):
+    """Python before 3.11.4 pickles them as a call of getattr, which weights_only refuses."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    monkeypatch.setattr(
+        ZeroStageEnum, "__reduce_ex__", lambda member, _: (getattr, (type(member), member.name))
+    )
+    write_enums_by_value()
+    torch.save({"zero_stage": ZeroStageEnum(2)}, tmp_path / "state.pt")
+    with allow_state_classes():
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["zero_stage"] is ZeroStageEnum(2)

@@ -27,9 +27,10 @@ _ANY = re.compile(rb"[^ \t\r\n]")
 # Whole strings, where no quote is escaped, and what stands between them, up to the next byte that matters:
 # between elements a comma does, within one it does not. A string is left to be looked at if what follows it
 # may follow no string, or (in the second of each pair, which is slower) if it holds the end of a line.
+# The repetition is not possessive: Python before 3.11.5 matches that wrongly (python/cpython#106052).
 _AFTER = rb"(?=[ \t\r\n,:}\]])"
 _OUTSIDE, _INSIDE = (
-    [re.compile(rb'%b(?:"[^%b]*+"%b%b)*+' % (between, no, _AFTER, between)) for no in (rb'"', rb'"\n')]
+    [re.compile(rb'%b(?:"[^%b]*+"%b%b)*' % (between, no, _AFTER, between)) for no in (rb'"', rb'"\n')]
     for between in (rb'[^"{}\[\],]*+', rb'[^"{}\[\]]*+')
 )
 _QUOTE_OR_LINE = re.compile(rb'["\n]')

@@ -19,7 +19,7 @@ from llmtrain.optim.base import OptimizerConfig, set_learning_rate
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
 from llmtrain.training.engine.optimizers import build_optimizer
 from llmtrain.training.engine.transfer import PendingStep, Upload
-from llmtrain.training.engine.weights import allow_state_classes
+from llmtrain.training.engine.weights import allow_state_classes, write_enums_by_value
 
 
 def build_engine(
@@ -143,6 +143,7 @@ class Engine:
         DeepSpeed ends a save with a barrier: a rank that raised before it would leave the others waiting.
         """
         writer, errors = self.deepspeed.checkpoint_engine, []
+        write_enums_by_value()
 
         def save(state_dict: Any, path: str) -> None:
             try:

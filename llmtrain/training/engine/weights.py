@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,16 @@ def allow_state_classes() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def write_enums_by_value() -> None:
+    """Make the enum in DeepSpeed's state one that `torch.load` reads as data.
+
+    Python before 3.11.4 pickles its members as a call of `getattr`, which could fetch anything.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 class CheckpointWeights(Mapping[str, torch.Tensor]):
