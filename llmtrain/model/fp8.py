@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Fp8Recipe = Literal["tensorwise", "rowwise"]
 
 MULTIPLE = 16
-"""The tensor cores' FP8 products want both sizes of a matrix to be multiples of this."""
+"""The tensor cores' FP8 products want both sizes of a matrix, and the tokens, to be multiples of this."""
 
 CAPABILITY = (8, 9)
 """The oldest CUDA architecture that has them: Ada."""

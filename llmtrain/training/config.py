@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from llmtrain.config import Config, choice
 from llmtrain.data.config import DataConfig
 from llmtrain.model import DecoderConfig
-from llmtrain.model.fp8 import Fp8Recipe
+from llmtrain.model.fp8 import MULTIPLE, Fp8Recipe
 from llmtrain.optim.adamw import AdamWConfig
 from llmtrain.optim.base import OptimizerConfig
 from llmtrain.optim.lion import LionConfig
@@ -106,6 +106,12 @@ class TrainConfig(Config):
         if self.fp8 and self.precision == "fp32":
             raise ValueError(
                 f"fp8={self.fp8} with precision=fp32: FP8 is a step below bf16; use precision=auto"
+            )
+        tokens = self.micro_batch_size * self.seq_len
+        if self.fp8 and tokens % MULTIPLE:  # the inner size of the weights' gradients
+            raise ValueError(
+                f"fp8={self.fp8}: micro_batch_size x seq_len = {self.micro_batch_size} x {self.seq_len} = {tokens} "
+                f"tokens, not a multiple of {MULTIPLE}; change one of the two, or fp8=false"
             )
         curriculum = self.data.curriculum
         if curriculum is not None and curriculum.from_length > self.seq_len:

@@ -87,6 +87,10 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             "zero3 and compile=false: .*; use compile=true",
         ),
         (["precision=fp32"], "fp8=tensorwise with precision=fp32"),
+        (
+            ["micro_batch_size=1", "seq_len=72"],
+            "micro_batch_size x seq_len = 1 x 72 = 72 tokens, not .* of 16",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(tiny: list[str], overrides: list[str], named: str) -> None:
