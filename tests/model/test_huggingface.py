@@ -325,7 +325,7 @@ def test_weights_that_are_missing_or_too_many(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"hold no model.layers.1.mlp.down_proj.weight, "):
         theirs.ours(tmp_path)
     theirs.pickled(tmp_path, weights | {"model.norm.weight": torch.ones(31)})
-    with pytest.raises(UserError, match=r"final_norm.weight has the shape \[31\], .* says \[32\]"):
+    with pytest.raises(UserError, match=r"model.norm.weight has the shape \[31\], .* says \[32\]"):
         theirs.ours(tmp_path)
 
 
