@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ def data(a: argparse.Namespace) -> None:
         shutil.rmtree(directory, ignore_errors=True)
     if a.output is not None:
         _write(a.output, report)
+    if "scale" not in a.only:
+        ways = (
+            result
+            for part in ("live", "prepare")
+            if part in a.only
+            for result in report[part]["ways"].values()
+        )
+        _require_one([*report.get("loaders", {}).values(), *ways])
 
 
 def step(a: argparse.Namespace) -> None:
@@ -54,10 +63,6 @@ def step(a: argparse.Namespace) -> None:
     _say(f"\n{TENSORS} parameters, processor time\n\n{steps_table(results)}\n")
     if a.output is not None:
         _write(a.output, {"turns": a.turns, "stages": results})
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def kernels(a: argparse.Namespace) -> None:
@@ -71,6 +76,7 @@ def kernels(a: argparse.Namespace) -> None:
     _say(f"\n{report['machine']['device']}: {shape}\n\n{kernels_table(report)}\n")
     if a.output is not None:
         _write(a.output, report)
+    _require_one(result for mask in report["masks"].values() for result in mask.values())
 
 
 def model(a: argparse.Namespace) -> None:
@@ -84,6 +90,19 @@ def model(a: argparse.Namespace) -> None:
     _say(f"\n{describe(report)}\n\n{models_table(report)}\n")
     if a.output is not None:
         _write(a.output, report)
+    _require_one(report["candidates"].values())
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _require_one(results: Iterable[Mapping[str, Any]]) -> None:
+    """An exit code of 1 where every candidate is missing or failed."""
+    from llmtrain.config import UserError
+
+    if all("missing" in result or "error" in result for result in results):
+        raise UserError("no candidate was measured; what was printed says why", exit_code=1)
 
 
 def _say(text: str) -> None:
@@ -94,7 +113,17 @@ def _say(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain bench`."""
     a = parser(__doc__, {"data": data, "step": step, "kernels": kernels, "model": model}).parse_args(argv)
-    return plain_door(lambda: a.run(a))
+
+    def run() -> None:
+        from llmtrain.benchmarks.measure import FailedError, NotInstalledError
+        from llmtrain.config import UserError
+
+        try:
+            a.run(a)
+        except (FailedError, NotInstalledError) as error:
+            raise UserError(f"llmtrain bench {a.benchmark}: {error}", exit_code=1) from error
+
+    return plain_door(run)
 
 
 if __name__ == "__main__":
