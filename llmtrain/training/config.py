@@ -110,8 +110,8 @@ class TrainConfig(Config):
         tokens = self.micro_batch_size * self.seq_len
         if self.fp8 and tokens % MULTIPLE:  # the inner size of the weights' gradients
             raise ValueError(
-                f"fp8={self.fp8}: micro_batch_size x seq_len = {self.micro_batch_size} x {self.seq_len} = {tokens} "
-                f"tokens, not a multiple of {MULTIPLE}; change one of the two, or fp8=false"
+                f"fp8={self.fp8}: micro_batch_size x seq_len = {self.micro_batch_size} x {self.seq_len} = "
+                f"{tokens} tokens, not a multiple of {MULTIPLE}; change one of the two, or fp8=false"
             )
         curriculum = self.data.curriculum
         if curriculum is not None and curriculum.from_length > self.seq_len:
