@@ -70,7 +70,7 @@ def compose(
     with _one_line_errors():
         value = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     unset = sorted(OmegaConf.missing_keys(composed))
-    value = dict(root.complete(_without_missing(value), {_key(word) for word in overrides}))
+    value = dict(root.complete(_without_missing(value), dict(map(_assigned, overrides))))
     try:
         config = root.model_validate(value)
     except ValidationError as error:
@@ -295,15 +295,16 @@ def _with_new_key(overrides: Sequence[str], message: str) -> list[str]:
     return [f"++{word}" if start and word.startswith(start) else word for word in overrides]
 
 
-def _key(override: str) -> str:
-    """The key, or the group, that an override of the command line names."""
-    return override.lstrip("+~").partition("=")[0]
+def _assigned(override: str) -> tuple[str, str]:
+    """The key, or the group, that an override of the command line names, and the text it is given."""
+    key, _, text = override.lstrip("+~").partition("=")
+    return key, text
 
 
 def _refuse_job_options(overrides: Sequence[str]) -> None:
     """Hydra's own keys would be accepted and do nothing, because its job runner is not used."""
     for word in overrides:
-        key = _key(word)
+        key, _ = _assigned(word)
         if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
             raise UserError(
                 f"{word}: Hydra composes the config and does nothing else here, so this has no effect"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -81,7 +81,7 @@ class TrainConfig(Config):
     logger: LoggerConfig
 
     @classmethod
-    def complete(cls, value: Mapping[str, Any], given: Collection[str]) -> Mapping[str, Any]:
+    def complete(cls, value: Mapping[str, Any], given: Mapping[str, str]) -> Mapping[str, Any]:
         """With the shape of `model.init_from`."""
         from llmtrain.training.pretrained import with_shape
 
