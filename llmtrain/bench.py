@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,8 @@ def data(a: argparse.Namespace) -> None:
     if a.output is not None:
         _write(a.output, report)
     if "scale" not in a.only:
-        ways = (
-            result
-            for part in ("live", "prepare")
-            if part in a.only
-            for result in report[part]["ways"].values()
-        )
-        _require_one([*report.get("loaders", {}).values(), *ways])
+        ways = [report[part]["ways"].values() for part in ("live", "prepare") if part in a.only]
+        _require_one(chain(report.get("loaders", {}).values(), *ways))
 
 
 def step(a: argparse.Namespace) -> None:

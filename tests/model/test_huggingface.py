@@ -122,14 +122,14 @@ def test_interleaved_rope_is_written_in_halves(tmp_path: Path, qk_norm: bool) ->
     [
         (
             {"position": POSITIONS["alibi"], "n_kv_heads": 4, "d_ff": 128},
-            "model.position=alibi with model.norm=rmsnorm, model.feed_forward=swiglu: no Hugging Face "
+            "model/position=alibi with model.norm=rmsnorm, model.feed_forward=swiglu: no Hugging Face "
             "architecture is such a model; the nearest is MPT, which has model.norm=layernorm_no_bias, "
             "model.feed_forward=gelu",
         ),
         ({"position": POSITIONS["alibi"]}, "scaled=false, model.norm=rmsnorm, .* nearest is Falcon, .*=true"),
-        ({"position": {"kind": "learned"}}, "model.position=learned: no .* nearest is Llama, .*=rope"),
-        ({"position": {"kind": "none"}}, "model.position=none: .* nearest is Llama"),
-        ({"norm": "layernorm"}, "model.position=rope with model.norm=layernorm: .* Llama"),
+        ({"position": {"kind": "learned"}}, "model/position=learned: no .* Llama, .* model/position=rope"),
+        ({"position": {"kind": "none"}}, "model/position=none: .* nearest is Llama"),
+        ({"norm": "layernorm"}, "model/position=rope with model.norm=layernorm: .* Llama"),
         ({"feed_forward": "gelu"}, "model.feed_forward=gelu: .* Llama, .*feed_forward=swiglu or geglu"),
         ({"bias": "all", "qk_norm": True}, "model.(bias=all|qk_norm=true): .* nearest is"),
         ({"n_heads": 3, "head_dim": 8}, "model.n_heads=3: .* Llama, .*=1 or 2 or 4 or 8 or 16 or 32"),

@@ -172,14 +172,19 @@ def family_of(config: DecoderConfig) -> Family:
     wrong, nearest = min(found, key=lambda pair: sum(mismatch.weight for mismatch in pair[0]))
     if not wrong:
         return nearest
-    has = ", ".join(f"model.{key}={_text(value)}" for key, value, _ in wrong)
-    needs = ", ".join(f"model.{key}={needed}" for key, _, needed in wrong)
+    has = ", ".join(f"{_key(key)}={_text(value)}" for key, value, _ in wrong)
+    needs = ", ".join(f"{_key(key)}={needed}" for key, _, needed in wrong)
     position = options_of(config)["position"]
-    together = "" if any(key == "position" for key, _, _ in wrong) else f"model.position={position} with "
+    together = "" if any(key == "position" for key, _, _ in wrong) else f"model/position={position} with "
     raise UserError(
         f"{together}{has}: no Hugging Face architecture is such a model; the nearest is {nearest.name}, "
         f"which has {needs}"
     )
+
+
+def _key(choice: str) -> str:
+    """As on the command line: a position is an option of a group."""
+    return "model/position" if choice == "position" else f"model.{choice}"
 
 
 def _alternatives(pattern: str) -> Iterator[str]:
