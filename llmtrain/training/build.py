@@ -82,16 +82,20 @@ class Run:
 def check_start(config: TrainConfig, world: World) -> None:
     """UserError for what only the number of ranks or the disk can tell, before anything starts.
 
-    The text must be there, and a checkpoint that `resume` names; the attention backend and FP8, if asked for;
-    the global batch must divide into ranks and micro-batches.
+    The text must be there, and a checkpoint that `resume` names, or whole weights of `model.init_from`; the
+    attention backend and FP8, if asked for; the global batch must divide into ranks and micro-batches.
     """
+    from llmtrain.training.pretrained import check_files
+
     check_inputs(config.data)
     if config.fp8:
         check_fp8(config.fp8)
     if config.model.attention.backend != "auto":
         config.model.kernel(attention_use(config, precision_here(config)))
     checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
-    if checkpoint is not None and config.resume != "auto":
+    if checkpoint is None:
+        check_files(config)
+    elif config.resume != "auto":
         step = read_record(checkpoint)["step"]
         if step >= config.max_steps:
             raise UserError(f"max_steps={config.max_steps}: {checkpoint} is at step {step}; raise max_steps")

@@ -11,6 +11,7 @@ from llmtrain.config import UserError
 from llmtrain.model import Decoder
 from llmtrain.model.huggingface import Pretrained, family_of
 from llmtrain.model.init import Gather, initialize_parameters
+from llmtrain.tokenizer import vocab_size_of
 from llmtrain.training.checkpoint import find_checkpoint, read_record
 from llmtrain.training.run_directory import RunDirectory
 
@@ -80,6 +81,18 @@ def _get(value: Any, path: Collection[str]) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def check_files(config: TrainConfig) -> None:
+    """UserError where `model.init_from` has not the weights of its config.json, or another vocabulary.
+
+    Nothing is needed of the text, and no weights are read.
+    """
+    path = config.model.init_from
+    if path is not None:
+        found = Pretrained.open(_directory(path))
+        found.check(vocab_size_of(config.tokenizer))
+        found.check_weights(config.model)
 
 
 class Initialize:

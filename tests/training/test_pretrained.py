@@ -102,11 +102,27 @@ def test_what_was_trained_goes_back_to_its_family(ranks, run, tmp_path, director
     assert 0 < largest < 0.01  # one step away from where it began
 
 
-def test_another_tokenizer_ends_the_run(ranks, run, tmp_path, directories):
-    words = ["tokenizer=sentencepiece", "tokenizer.vocab_size=400"]
-    job = ranks.start([*run, f"model.init_from={directories['Llama GQA']}", *words], 1, tmp_path)
-    assert job.wait() == [78]
-    assert "has vocab_size=258, the tokenizer 400 ids: take the model's own" in job.output()
+def test_files_and_tokenizer_are_checked_before_the_text_is_prepared(ranks, run, tmp_path, directories):
+    cut = shutil.copytree(directories["Llama GQA"], tmp_path / "cut")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    other = ["tokenizer=sentencepiece", "tokenizer.vocab_size=400"]
+    for words, line in [
+        ([f"model.init_from={cut}"], "cut/model.safetensors: cannot be read as weights"),
+        (
+            [
+                f"model.init_from={directories['Llama GQA']}",
+                "tokenizer=sentencepiece",
+                "tokenizer.vocab_size=400",
+            ],
+            "has vocab_size=258, the tokenizer 400 ids: take the model's own",
+        ),
+    ]:
+        job = ranks.start([*run, *words, f"cache_dir={tmp_path}/cache"], 1, tmp_path)
+        assert job.wait() == [78]
+        assert line in job.output()
+        assert not (tmp_path / "cache").exists()
+        assert not (tmp_path / "run").exists()
 
 
 def shape(overrides: list[str]) -> dict[str, Any]:
@@ -130,9 +146,7 @@ def test_the_shape_is_the_directorys_whatever_the_default_preset_says(directorie
         (["model.position={kind: alibi}"], ["model.position={'kind': 'alibi', "]),
         (
             ["model/position=alibi"],
-            [
-                "model/position=alibi: DIR has another position; leave model/position=alibi or model.init_from out"
-            ],
+            ["model/position=alibi: DIR has another position; leave model/position=alibi or model."],
         ),
         (["model=124m"], ["model=124m: DIR has another shape; leave model=124m or model.init_from out"]),
     ],
