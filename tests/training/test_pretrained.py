@@ -110,11 +110,7 @@ def test_files_and_tokenizer_are_checked_before_the_text_is_prepared(ranks, run,
     for words, line in [
         ([f"model.init_from={cut}"], "cut/model.safetensors: cannot be read as weights"),
         (
-            [
-                f"model.init_from={directories['Llama GQA']}",
-                "tokenizer=sentencepiece",
-                "tokenizer.vocab_size=400",
-            ],
+            [f"model.init_from={directories['Llama GQA']}", *other],
             "has vocab_size=258, the tokenizer 400 ids: take the model's own",
         ),
     ]:
