@@ -20,7 +20,7 @@ from llmtrain.data.prepare import Prepared, check_inputs
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
 from llmtrain.model import Decoder
-from llmtrain.model.fp8 import check_fp8, convert_to_fp8
+from llmtrain.model.fp8 import check_fp8, convert_to_fp8, without_fp8
 from llmtrain.model.kernels import Use
 from llmtrain.model.kernels.probe import check_isolation
 from llmtrain.optim.schedules import Schedule
@@ -162,7 +162,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     engine = build_model_engine(
         config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
     )
-    if config.fp8 != "tensorwise":  # which scales a tensor by its largest value: all tokens move all others
+    with without_fp8(engine.model):
         check_isolation(
             engine.logits,
             backend=engine.model.kernel.name,

@@ -13,7 +13,7 @@ import torch
 from llmtrain.config import UserError
 from llmtrain.config.hydra import compose
 from llmtrain.model import Decoder
-from llmtrain.model.fp8 import check_fp8, convert_to_fp8
+from llmtrain.model.fp8 import check_fp8, convert_to_fp8, without_fp8
 from llmtrain.training.config import TrainConfig
 from tests.model.small import decoder, packed_batch, relative_error
 from tests.training.test_engine import batch, build
@@ -55,6 +55,17 @@ def test_weights_and_their_names_stay() -> None:
     assert [*state] == [*plain.state_dict()]
     assert all(torch.equal(state[name], weight) for name, weight in plain.state_dict().items())
     plain.load_state_dict(state)
+
+
+def test_fp8_can_be_left_out_for_a_while() -> None:
+    plain, ours = shape().bfloat16(), shape().bfloat16()
+    convert_to_fp8(ours, "tensorwise")
+    ids = packed_batch()["input_ids"]
+    with without_fp8(ours):
+        assert torch.equal(ours(ids), plain(ids))
+    assert not torch.equal(ours(ids), plain(ids))
+    with without_fp8(plain):
+        plain(ids)
 
 
 def test_only_matrices_of_round_sizes_are_converted() -> None:

@@ -36,11 +36,13 @@ def test_nothing_is_read_on_the_host(monkeypatch: pytest.MonkeyPatch, backend: s
     assert reads.count == 0
 
 
+@pytest.mark.parametrize("options", [[], ["precision=bf16_autocast", "fp8=tensorwise"]], ids=str)
 def test_a_run_does_not_start_with_a_kernel_that_ignores_documents(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     monkeypatch.setattr(sdpa, "KERNEL", Kernel("sdpa", one_document, eager.attend))
-    with pytest.raises(UserError, match="backend=sdpa: a changed token moved logits"), started(tiny):
+    refused = pytest.raises(UserError, match="backend=sdpa: a changed token moved logits")
+    with refused, started([*tiny, *options]):
         pass
 
 
