@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,10 @@ PROMPT = "In the beginning there was a word, and 2 + 2 was 4: so it is written. 
 """What the export and the run are compared on."""
 NOTE = "llmtrain_export.json"
 UNFINISHED = ".unfinished"
+LARGEST_ROUNDING = 1e-3
+"""Of a logit: two exact computations in fp32 differ by less."""
+
+logger = logging.getLogger(__name__)
 
 
 def export(run: Path, output: Path, step: int | None, dtype: str, max_shard_gb: float) -> dict[str, Any]:
@@ -43,6 +48,7 @@ def export(run: Path, output: Path, step: int | None, dtype: str, max_shard_gb: 
         raise _not_writable(output, error) from error
     note |= _compare(finished, output)
     _write_note(output, note)
+    _warn(note)
     return note
 
 
@@ -59,8 +65,9 @@ def _write(finished: FinishedRun, output: Path, dtype: str, max_shard_gb: float)
     import torch
 
     from llmtrain import __version__
-    from llmtrain.model.huggingface import write_pretrained
+    from llmtrain.model.huggingface import rounding_there, write_pretrained
     from llmtrain.model.huggingface.checking import versions
+    from llmtrain.tokenizer import BytesTokenizer
 
     aside = output / UNFINISHED if output.is_dir() else output.with_name(f".{output.name}{UNFINISHED}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -76,6 +83,8 @@ def _write(finished: FinishedRun, output: Path, dtype: str, max_shard_gb: float)
         max_shard_gb=max_shard_gb,
     )
     finished.tokenizer.save(aside)
+    if isinstance(finished.tokenizer, BytesTokenizer):
+        logger.info("tokenizer=bytes: transformers has no such tokenizer; its ids are a text's UTF-8 bytes")
     note = {
         "run": finished.config.name,
         "step": finished.step,
@@ -84,6 +93,7 @@ def _write(finished: FinishedRun, output: Path, dtype: str, max_shard_gb: float)
         "versions": {"llmtrain": __version__, **versions()},
         "max_logit_difference": None,
         "not_compared": "the comparison did not come to its end",
+        "rounding_there": rounding_there(finished.config.model),
     }
     _write_note(aside, note)
     if aside.parent != output:
@@ -126,10 +136,22 @@ def _compare(finished: FinishedRun, output: Path) -> dict[str, Any]:
     }
 
 
+def _warn(note: dict[str, Any]) -> None:
+    """Where an export in fp32 is not the model that was trained."""
+    difference = note["max_logit_difference"] or 0.0
+    if note["dtype"] == "fp32" and not note["rounding_there"] and not difference <= LARGEST_ROUNDING:
+        logger.warning(
+            "logits differ by %.2g from those of transformers, which rounding does not explain "
+            "(%g at most): compare the two models before you use the export",
+            difference, LARGEST_ROUNDING,
+        )  # fmt: skip
+
+
 def _told(note: dict[str, Any]) -> str:
     if note["max_logit_difference"] is None:
         return f"not compared with transformers: {note['not_compared']}"
-    return f"largest logit difference to transformers {note['max_logit_difference']:.2g}"
+    reason = f" ({note['rounding_there']})" if note["rounding_there"] else ""
+    return f"largest logit difference to transformers {note['max_logit_difference']:.2g}{reason}"
 
 
 def _size(text: str) -> float:

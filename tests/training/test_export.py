@@ -67,7 +67,7 @@ def test_an_option_without_a_home_is_refused_by_name(ranks, tiny, tmp_path, caps
     ranks.run([*tiny, "model/position=alibi", "max_steps=1"], 1, tmp_path)
     assert export_main([str(tmp_path / "run"), str(tmp_path / "exported")]) == 78
     error = capsys.readouterr().err
-    assert "model.position=alibi" in error
+    assert "model/position=alibi" in error
     assert "the nearest is Falcon, which has" in error
     assert [path.name for path in tmp_path.iterdir() if "exported" in path.name] == []
 
@@ -101,6 +101,21 @@ def test_a_model_that_does_not_fit_is_not_compared(ranks, tiny, tmp_path, capsys
     note = json.loads((tmp_path / "exported" / "llmtrain_export.json").read_text())
     assert note["max_logit_difference"] is None
     assert "do not fit" in note["not_compared"]
+
+
+def test_a_difference_that_no_rounding_explains_is_a_warning(ranks, tiny, tmp_path, monkeypatch, caplog):
+    from llmtrain.model.huggingface import checking
+
+    ranks.run([*tiny, "max_steps=1"], 1, tmp_path)
+    run, there = str(tmp_path / "run"), checking.logits_there
+    assert export_main([run, f"{tmp_path}/right"]) == 0
+    assert "tokenizer=bytes: transformers has no such tokenizer" in caplog.text
+    assert "which rounding does not explain" not in caplog.text
+    monkeypatch.setattr(checking, "logits_there", lambda *inputs: there(*inputs) + 0.002)
+    assert export_main([run, f"{tmp_path}/bf16", "--dtype", "bf16"]) == 0
+    assert "which rounding does not explain" not in caplog.text
+    assert export_main([run, f"{tmp_path}/wrong"]) == 0
+    assert "logits differ by 0.002 from those of transformers, which rounding does not" in caplog.text
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])

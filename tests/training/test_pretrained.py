@@ -93,7 +93,11 @@ def test_what_was_trained_goes_back_to_its_family(ranks, run, tmp_path, director
     words = [f"model.init_from={directories['Falcon RW']}", "deepspeed=zero2", "max_steps=1"]
     ranks.run([*run, *words], 2, tmp_path)
     assert export_main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
-    assert "Falcon, fp32; largest logit difference" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Falcon, fp32; largest logit difference" in told
+    assert "(transformers rounds Falcon's ALiBi to bf16" in told
+    note = json.loads((tmp_path / "out" / "llmtrain_export.json").read_text())
+    assert note["rounding_there"].startswith("transformers rounds Falcon's ALiBi")
     before, after = theirs.stored(directories["Falcon RW"]), theirs.stored(tmp_path / "out")
     assert {key: value.shape for key, value in before.items()} == {
         key: value.shape for key, value in after.items()
