@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config import UserError
+from llmtrain.importing import quiet_libraries
 from llmtrain.model.decoder import Decoder, DecoderConfig
 from llmtrain.model.huggingface.families import Family, family_of
 from llmtrain.model.huggingface.keys import READABLE, shape_of, window_of
@@ -54,7 +55,8 @@ class Pretrained:
         from transformers import AutoConfig
 
         try:
-            theirs = AutoConfig.from_pretrained(path, local_files_only=True)
+            with quiet_libraries():
+                theirs = AutoConfig.from_pretrained(path, local_files_only=True)
             return cls(path, shape_of(theirs), theirs.vocab_size, window_of(theirs))
         except ZeroDivisionError as error:
             raise UserError(f"{path}/config.json: a size in it is 0") from error
