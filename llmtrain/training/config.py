@@ -89,7 +89,11 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _runs_right(self) -> Self:
-        """Refuse what DeepSpeed 0.19.8 computes wrongly, and what does not fit together."""
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """ValueError for what DeepSpeed 0.19.8 computes wrongly, and for what does not fit together."""
         if self.deepspeed.stage == 0 and self.precision == "bf16":
             raise ValueError(
                 "precision=bf16 with deepspeed=zero0: DeepSpeed takes a spurious first optimizer step there, "
@@ -124,7 +128,6 @@ class TrainConfig(Config):
                 f"global_batch_size={self.global_batch_size} is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
-        return self
 
 
 class PrepareConfig(TrainConfig):

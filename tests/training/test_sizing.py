@@ -23,6 +23,7 @@ from llmtrain.training.sizing.hardware import known_devices
 from llmtrain.training.sizing.memory import Layout, activations, head, memory, saved_by_block
 from llmtrain.training.sizing.model import Model
 from llmtrain.training.sizing.speed import between, communication, step_time
+from llmtrain.training.sizing.words import remarks
 from tests.training.walk import CASES
 
 TINY = [
@@ -341,15 +342,53 @@ def test_the_largest_micro_batch_that_fits_is_the_largest() -> None:
         assert best.layout.rows == 32 or memory(sizing.model, larger).total > room
 
 
-def test_the_cheapest_way_can_be_written_and_none_is_much_faster() -> None:
+def test_the_cheapest_way_is_not_much_slower_than_any() -> None:
     sizing = sized("model=7b")
     cheapest = sizing.cheapest
     assert cheapest is not None and cheapest.time is not None
     assert all(way.time.step > cheapest.time.step * 0.98 for way in sizing.ways if way.fits and way.time)
     assert not any(way.fits for way in sizing.ways if way.option == "zero0")  # 110 GB of states
-    again = sized("model=7b", *cheapest.overrides.split())
-    assert again.configured.memory == cheapest.memory
-    assert again.configured.time == cheapest.time
+
+
+@pytest.mark.parametrize("fp8", ["fp8=false", "fp8=tensorwise"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+def test_every_way_can_be_written(optimizer: str, fp8: str) -> None:
+    """What is compared is what would run: the config takes it, and counts the same."""
+    given = ["model=7b", f"optimizer={optimizer}", fp8, "compile=false", "activation_checkpointing=true"]
+    sizing = sized(*given)
+    assert sizing.cheapest in sizing.best
+    assert {way.layout.stage for way in sizing.ways} == {1, 2, 3} | ({0} if optimizer != "muon" else set())
+    eager = {way.layout.recompute for way in sizing.ways if way.layout.stage == 3}
+    assert eager == ({True} if fp8 != "fp8=false" else {True, False})
+    for way in sizing.best:
+        again = sized(*given, *way.overrides.split()).configured
+        assert (again.layout, again.memory, again.time) == (way.layout, way.memory, way.time), way.overrides
+
+
+def test_what_the_times_leave_out_is_told() -> None:
+    line = "times are those of AdamW in bf16, not of optimizer=muon and fp8=rowwise"
+    assert line in remarks(sized("optimizer=muon", "fp8=rowwise"), 10**9)
+    assert not any("times are" in line for line in remarks(sized(), 10**9))
+
+
+@pytest.mark.parametrize("without", ["precision=fp32", "hardware.memory_gbps=null"])
+def test_what_fits_is_told_without_times(without: str) -> None:
+    sizing = sized("model=1_3b", without)
+    assert sizing.cheapest is None and sizing.simplest is not None
+    assert sizing.simplest.option == "zero0" and not sizing.simplest.layout.recompute
+    assert remarks(sizing, 10**9)[-1] == f"least sharded that fits: {sizing.simplest.overrides}"
+    none = remarks(sized("model=70b", without, headroom=79), 10**9)
+    assert none[-1] == "! no way fits: more gpus, or a smaller model"
+    unknown = remarks(sized("model=1_3b", without, "hardware.memory_gib=null"), 10**9)
+    assert "no time predicted" in unknown[-1]
+
+
+def test_stage_3_has_a_whole_block_at_once() -> None:
+    """It is a leaf of DeepSpeed's, however little may be live."""
+    small = [f"deepspeed.zero_optimization.stage3_{key}=0" for key in ("max_live_parameters",
+             "prefetch_bucket_size", "param_persistence_threshold")]  # fmt: skip
+    way = sized("model=70b", "deepspeed=zero3", *small, gpus=64)
+    assert way.configured.memory.gathered == 2 * way.model.block_elements > 2 * way.model.largest
 
 
 def test_less_memory_more_sharding() -> None:

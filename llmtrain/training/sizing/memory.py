@@ -274,13 +274,13 @@ def gathered(model: Model, layout: Layout) -> int:
     """Bytes of weights that stage 3 has whole at a time.
 
     DeepSpeed keeps what is used again within max_reuse_distance, up to max_live_parameters, and gathers
-    prefetch_bucket_size ahead; never less than the largest module that is called: a table or a matrix.
+    prefetch_bucket_size ahead; never less than what it gathers at once: a table, or a block, which is a leaf.
     """
     if layout.stage < 3 or layout.ranks == 1:
         return 0
-    zero, largest = layout.zero, model.largest
+    zero, at_once = layout.zero, max(model.largest, model.block_elements)
     live = min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
-    whole = min(model.elements, max(live, largest + zero.stage3_prefetch_bucket_size))
+    whole = min(model.elements, max(live, at_once + zero.stage3_prefetch_bucket_size))
     return max(0, WIDTHS[layout.precision][0] * whole - persisted(model, layout))
 
 
