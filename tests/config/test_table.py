@@ -20,7 +20,8 @@ PATH = "/a/path/longer/than/narrow/terminals/without/any/place/to/break/it/and-a
 NUMBERS = [f"{number:,}" for number in (123_456_789, 10**12, 2**50, 99_999, 7_654_321, 31)]
 PRINT = f"""
 from llmtrain.config.table import print_lines, print_table
-print_table("ten thousand ids", ["source", *"abcdef", ""], [["{NAME}", *{NUMBERS}, "*"], ["other", *"123456", ""]])
+rows = [["{NAME}", *{NUMBERS}, "*"], ["other", *"123456", ""]]
+print_table("ten thousand ids", ["source", *"abcdef", ""], rows)
 print_lines("{NAME}: {PATH}", "  rejected: " + ", ".join(number + " empty" for number in {NUMBERS}))
 """
 
