@@ -34,6 +34,7 @@ taken to be fused: no scores and no masks.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -176,17 +177,26 @@ def keeps_whole(group: Group, layout: Layout) -> bool:
 
 def held(group: Group, layout: Layout) -> int:
     """Elements of a group that a rank of stages 1 and 2 steps on: its part; the most of all ranks."""
-    part = padded_flat(group.sizes, layout) // layout.ranks
-    if not keeps_whole(group, layout):
-        return part
-    most = 0
-    for start in range(0, part * layout.ranks, part):
-        ends = accumulate(group.sizes)
-        touched = (
-            s for s, end in zip(group.sizes, ends, strict=True) if end > start and end - s < start + part
-        )
-        most = max(most, sum(touched))
-    return most
+    return max(touched(group, layout)) if keeps_whole(group, layout) else part_of(group, layout)
+
+
+def part_of(group: Group, layout: Layout) -> int:
+    """Elements of a rank's part of a group's flat buffer."""
+    return padded_flat(group.sizes, layout) // layout.ranks
+
+
+def touched(group: Group, layout: Layout) -> list[int]:
+    """For each rank the elements of all parameters of a group that it has a part of, each whole.
+
+    A table that is a group of its own is touched by every rank.
+    """
+    begins, part = [0, *accumulate(group.sizes)], part_of(group, layout)
+    starts = [min(rank * part, begins[-1]) for rank in range(layout.ranks)]
+    ends = [min(start + part, begins[-1]) for start in starts]
+    return [
+        begins[bisect_left(begins, end)] - begins[bisect_right(begins, start) - 1]
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def padded_flat(sizes: tuple[int, ...], layout: Layout) -> int:
@@ -325,8 +335,11 @@ def _passing(model: Model, layout: Layout) -> _Passing:
         return _Passing(w * whole, 0, buckets + 2 * part)
     if layout.stage == 2 and layout.offloads_optimizer:
         return _Passing(0, buckets + w * largest, 0)
-    if layout.stage == 2:  # means in fp32 beside bf16 weights are flat already
-        return _Passing(part, buckets + w * largest, 0 if layout.precision == "bf16" else part)
+    if layout.stage == 2 and layout.precision == "bf16":  # means in fp32 beside bf16 weights are flat already
+        return _Passing(part, buckets + w * largest, 0)
+    if layout.stage == 2:  # DeepSpeed's grads_in_partition, again for the last micro-batch or as a flat copy
+        kept = 4 * max(map(sum, zip(*(touched(group, layout) for group in model.groups), strict=True)))
+        return _Passing(kept, buckets + w * largest, kept)
     return _Passing(0, w * largest, w * largest)
 
 
