@@ -22,7 +22,7 @@ from llmtrain.distributed import World
 from llmtrain.model import Decoder
 from llmtrain.model.fp8 import check_fp8, convert_to_fp8, without_fp8
 from llmtrain.model.kernels import Use
-from llmtrain.model.kernels.probe import check_isolation
+from llmtrain.model.kernels.probe import check_gradients, check_isolation
 from llmtrain.optim.schedules import Schedule
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llmtrain.training.callbacks import Callback
@@ -162,15 +162,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     engine = build_model_engine(
         config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
     )
-    with without_fp8(engine.model):
-        check_isolation(
-            engine.logits,
-            backend=engine.model.kernel.name,
-            documents=config.data.documents == "separate",
-            vocab_size=tokenizer.vocab_size,
-            seq_len=config.seq_len,
-            device=engine.device,
-        )
+    check_kernel(config, engine, precision)
     device, parameters = engine.device.type, engine.model.parameter_count
     stage = config.deepspeed.stage
     logger.info(
@@ -201,6 +193,25 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
             SampleCallback(config.callbacks.sample),
             ProfileCallback(config.profile),
         ],
+    )
+
+
+def check_kernel(config: TrainConfig, engine: Engine, precision: ResolvedPrecision) -> None:
+    """UserError if the attention kernel lets documents, or gradients, meet here; collective."""
+    model, shape = engine.model, engine.model.config
+    seen: Any = {
+        "documents": config.data.documents == "separate",
+        "seq_len": config.seq_len,
+        "device": engine.device,
+    }
+    with without_fp8(model):
+        check_isolation(engine.logits, backend=model.kernel.name, vocab_size=model.vocab_size, **seen)
+    check_gradients(
+        model.kernel,
+        shape=(shape.n_heads, shape.n_kv_heads, shape.d_head),
+        slopes=model.position.slopes(engine.device),
+        dtype=attention_use(config, precision).dtype,
+        **seen,
     )
 
 
