@@ -20,7 +20,7 @@ from llmtrain.config.hydra import compose
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.sizing.choose import GIB, Sizing, size
 from llmtrain.training.sizing.hardware import known_devices
-from llmtrain.training.sizing.memory import Layout, activations, head, memory, saved_by_block, touched
+from llmtrain.training.sizing.memory import Layout, activations, head, mask, memory, saved_by_block, touched
 from llmtrain.training.sizing.model import Group, Model
 from llmtrain.training.sizing.speed import between, communication, step_time
 from llmtrain.training.sizing.words import remarks
@@ -145,7 +145,7 @@ def test_a_parameter_across_a_border_is_touched_by_both_ranks(
     assert memory(Model.of(config, VOCABULARY), replace(layout, accumulation=2)).gradients >= 4 * 384 * 64
 
 
-def saved_bytes(decoder: torch.nn.Module, autocast: bool) -> int:
+def saved_bytes(decoder: torch.nn.Module, autocast: bool, starts: list[int] | None = None) -> int:
     """Bytes of the distinct storages that a forward pass keeps for the backward pass, weights aside."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -159,7 +159,7 @@ def saved_bytes(decoder: torch.nn.Module, autocast: bool) -> int:
     ids = torch.zeros(2, 32, dtype=torch.int64)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        decoder(ids)
+        decoder(ids, cu_seqlens=None if starts is None else torch.tensor(starts, dtype=torch.int32))
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -217,6 +217,26 @@ def test_activations_against_torch_s_partitioner(overrides: list[str], precision
     statistics = 64 * 2 * 4 if precision == "bf16" and LAYERNORM in overrides else 0
     predicted = 64 * saved_by_block(model, layout) + casts - statistics
     assert of_one_block(config, precision, "aot_eager_decomp_partition") == predicted
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
+@pytest.mark.parametrize("position", ["none", "alibi"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_mask_of_sdpa_against_saved_tensors(apart: bool, position: str, precision: Any) -> None:
+    """What a forward pass keeps more than one without documents and ALiBi, for which no other kernel asks."""
+    kept, predicted = [], []
+    for kind, starts in [(position, [0, 7, 32, 64] if apart else None), ("none", None)]:
+        documents = "separate" if starts else "attend"
+        options = [f"model/position={kind}", "model/attention=sdpa", f"data.documents={documents}"]
+        config = configured(*options)
+        decoder = config.model.build(vocab_size=VOCABULARY, seq_len=32, seed=0)
+        kept.append(saved_bytes(decoder, precision == "bf16_autocast", starts))
+        layout = Layout.of(config, 1, precision)
+        predicted.append(activations(Model.of(config, VOCABULARY), layout))
+        fused = configured(*options, "model/attention=flash")
+        assert mask(Model.of(fused, VOCABULARY), layout) == 0
+    assert kept[0] - kept[1] == predicted[0] - predicted[1]
+    assert (kept[0] > kept[1]) == (apart or position == "alibi")
 
 
 def test_recomputation_and_micro_batches_change_activations() -> None:

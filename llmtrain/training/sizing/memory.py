@@ -29,7 +29,8 @@ The peak is the larger of two moments, each on top of that:
     step:            all gradients, and the copies that the reduction and the step make of them
 
 In between gradients grow as activations go, both about linearly, so nothing there is higher. Attention is
-taken to be fused: no scores and no masks.
+taken to be fused: no scores, and a mask under sdpa alone. What a kernel's backward pass holds for a while is
+not counted (flash: 4 N H D of one block).
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Layout:
     zero: ZeroConfig
     recompute: bool
     compiled: bool
+    documents: bool
+    """Whether attention keeps documents apart."""
 
     @classmethod
     def of(cls, config: TrainConfig, ranks: int, precision: ResolvedPrecision) -> Layout:
@@ -79,6 +82,7 @@ class Layout:
             zero=config.deepspeed.zero_optimization,
             recompute=config.activation_checkpointing,
             compiled=config.compile is not False,
+            documents=config.data.documents == "separate",
         )
 
     @property
@@ -263,7 +267,19 @@ def activations(model: Model, layout: Layout) -> int:
     kept = blocks * saved_by_block(model, layout) + config.n_layers * r * config.d_model * layout.recompute
     last = (r + c) * config.d_model + (4 if config.norm == "rmsnorm" else 8)
     casts = c * blocks * model.block_matrices if w != c else 0
-    return tokens * (kept + last) + casts
+    return tokens * (kept + last) + casts + mask(model, layout)
+
+
+def mask(model: Model, layout: Layout) -> int:
+    """Bytes of the mask that sdpa is given, one for all blocks: c a score of a row, or of a head under ALiBi.
+
+    0 under other kernels. Which one `auto` takes is known on the device only: there one without a mask.
+    """
+    config, slopes = model.config, model.config.position.has_slopes
+    if config.attention.backend != "sdpa" or not (slopes or layout.documents):
+        return 0
+    matrices = (layout.rows if layout.documents else 1) * (config.n_heads if slopes else 1)
+    return WIDTHS[layout.precision][1] * matrices * model.decoder.seq_len**2
 
 
 def head(model: Model, layout: Layout) -> int:
