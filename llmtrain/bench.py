@@ -7,11 +7,11 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from llmtrain.benchmarks.measure import failures_are_mistakes, require_one
 from llmtrain.benchmarks.options import parser
 from llmtrain.config.door import plain_door
 
@@ -48,7 +48,7 @@ def data(a: argparse.Namespace) -> None:
         _write(a.output, report)
     if "scale" not in a.only:
         ways = [report[part]["ways"].values() for part in ("live", "prepare") if part in a.only]
-        _require_one(chain(report.get("loaders", {}).values(), *ways))
+        require_one(chain(report.get("loaders", {}).values(), *ways))
 
 
 def step(a: argparse.Namespace) -> None:
@@ -72,7 +72,7 @@ def kernels(a: argparse.Namespace) -> None:
     _say(f"\n{report['machine']['device']}: {shape}\n\n{kernels_table(report)}\n")
     if a.output is not None:
         _write(a.output, report)
-    _require_one(result for mask in report["masks"].values() for result in mask.values())
+    require_one(result for mask in report["masks"].values() for result in mask.values())
 
 
 def model(a: argparse.Namespace) -> None:
@@ -86,19 +86,11 @@ def model(a: argparse.Namespace) -> None:
     _say(f"\n{describe(report)}\n\n{models_table(report)}\n")
     if a.output is not None:
         _write(a.output, report)
-    _require_one(report["candidates"].values())
+    require_one(report["candidates"].values())
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _require_one(results: Iterable[Mapping[str, Any]]) -> None:
-    """An exit code of 1 where every candidate is missing or failed."""
-    from llmtrain.config import UserError
-
-    if all("missing" in result or "error" in result for result in results):
-        raise UserError("no candidate was measured; what was printed says why", exit_code=1)
 
 
 def _say(text: str) -> None:
@@ -111,13 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     a = parser(__doc__, {"data": data, "step": step, "kernels": kernels, "model": model}).parse_args(argv)
 
     def run() -> None:
-        from llmtrain.benchmarks.measure import FailedError, NotInstalledError
-        from llmtrain.config import UserError
-
-        try:
+        with failures_are_mistakes(f"llmtrain bench {a.benchmark}"):
             a.run(a)
-        except (FailedError, NotInstalledError) as error:
-            raise UserError(f"llmtrain bench {a.benchmark}: {error}", exit_code=1) from error
 
     return plain_door(run)
 

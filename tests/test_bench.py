@@ -358,7 +358,7 @@ def test_a_mistake_is_told_before_anything_is_measured(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="backends that need a GPU are there")
 def test_a_run_that_measured_nothing_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["kernels", "--backends", "flash4", "--length", "8"]) == 1
-    assert "error: no candidate was measured" in capsys.readouterr().err
+    assert "error: llmtrain bench kernels: no candidate was measured" in capsys.readouterr().err
 
 
 def test_a_measurement_that_fails_is_one_line(
