@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtrain.config import UserError
+from llmtrain.distributed import fast_bf16_cpu
 from llmtrain.optim.muon import MuonConfig
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.config import OffloadConfig, ResolvedPrecision, ZeroConfig
@@ -72,6 +73,8 @@ class Sizing:
     headroom: float
     """GiB of a device that are left free."""
     configured: Way
+    refused: str | None
+    """Why a run as configured would not start; its time is then None."""
     ways: tuple[Way, ...]
     """For every option and with or without recomputation, all micro-batches."""
     uncounted: tuple[str, ...]
@@ -149,7 +152,16 @@ def size(
             f"gpus={ranks} does not divide global_batch_size={config.global_batch_size}: change one"
         )
     model = Model.of(config, vocab_size)
-    layout = Layout.of(config, ranks, resolved(config, config.deepspeed.zero_optimization))
+    on_cpu = hardware.name == "cpu"
+    layout = Layout.of(config, ranks, resolved(config, config.deepspeed.zero_optimization, on_cpu))
+    if on_cpu:
+        layout = replace(layout, compiled=config.compile is True)
+    refused = None
+    if config.global_batch_size % (ranks * config.micro_batch_size):
+        refused = (
+            f"global_batch_size={config.global_batch_size} is not a multiple of {ranks} devices x "
+            f"micro_batch_size={config.micro_batch_size}"
+        )
 
     def way(option: str, layout: Layout) -> Way:
         needed = memory(model, layout)
@@ -158,13 +170,15 @@ def size(
             fits = needed.total <= (hardware.memory_gib - headroom) * GIB
         return Way(option, layout, needed, step_time(model, layout, hardware), fits)
 
+    configured = way("as configured", layout)
     return Sizing(
         model=model,
         hardware=hardware,
         ranks=ranks,
         headroom=headroom,
-        configured=way("as configured", layout),
-        ways=tuple(way(option, layout) for option, layout in layouts(config, layout)),
+        configured=replace(configured, time=None) if refused else configured,
+        refused=refused,
+        ways=tuple(way(option, layout) for option, layout in layouts(config, layout, on_cpu)),
         uncounted=uncounted(config),
     )
 
@@ -176,7 +190,7 @@ def uncounted(config: TrainConfig) -> tuple[str, ...]:
     return tuple(choice for choice, other in choices.items() if other)
 
 
-def layouts(config: TrainConfig, given: Layout) -> Iterator[tuple[str, Layout]]:
+def layouts(config: TrainConfig, given: Layout, on_cpu: bool = False) -> Iterator[tuple[str, Layout]]:
     """All that are compared, micro-batches rising: those that divide a rank's rows of the global batch."""
     rows = config.global_batch_size // given.ranks
     for option in OPTIONS:
@@ -186,7 +200,7 @@ def layouts(config: TrainConfig, given: Layout) -> Iterator[tuple[str, Layout]]:
         for recompute in (False, True):
             if not runs(config, zero, recompute):
                 continue
-            layout = replace(given, zero=zero, precision=resolved(config, zero), recompute=recompute)
+            layout = replace(given, zero=zero, precision=resolved(config, zero, on_cpu), recompute=recompute)
             for micro in (size for size in range(1, rows + 1) if rows % size == 0):
                 yield option, replace(layout, rows=micro, accumulation=rows // micro)
 
@@ -220,7 +234,10 @@ def with_option(zero: ZeroConfig, option: str) -> ZeroConfig:
     )
 
 
-def resolved(config: TrainConfig, zero: ZeroConfig) -> ResolvedPrecision:
-    """The precision that a GPU would run with this section."""
+def resolved(config: TrainConfig, zero: ZeroConfig, on_cpu: bool = False) -> ResolvedPrecision:
+    """The precision that a GPU, or a processor like this one, would run with this section."""
     deepspeed = config.deepspeed.model_copy(update={"zero_optimization": zero})
-    return deepspeed.resolve_precision(config.precision, "cuda", False, config.optimizer.fp32_weights)
+    device = "cpu" if on_cpu else "cuda"
+    return deepspeed.resolve_precision(
+        config.precision, device, fast_bf16_cpu(), config.optimizer.fp32_weights
+    )

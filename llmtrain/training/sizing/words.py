@@ -42,8 +42,14 @@ def _row(way: Way, tokens: int, sizing: Sizing) -> list[str]:
         *(_gib(part) for part in parts),
         short(way.time.tokens_per_second) if way.time else "?",
         "?" if days is None else f"{days:.3g}",
-        "x" if way.fits is False else "*" if way == sizing.cheapest else "",
+        _mark(way, sizing),
     ]
+
+
+def _mark(way: Way, sizing: Sizing) -> str:
+    if way is sizing.configured and sizing.refused:
+        return "!"
+    return "x" if way.fits is False else "*" if way == sizing.cheapest else ""
 
 
 def _gib(size: int) -> str:
@@ -62,16 +68,20 @@ def remarks(sizing: Sizing, tokens: int) -> list[str]:
         "cheapest way, x does not fit, ! needs a change",
     ]
     if hardware.memory_gib is None:
-        lines.append(f"memory of hardware={hardware.name} is not known: name one, as hardware=h100_80gb")
+        way = "" if hardware.name == "cpu" else "name one, as hardware=h100_80gb, or "
+        lines.append(f"memory of hardware={hardware.name} is not known: {way}set hardware.memory_gib")
+    if sizing.refused:
+        lines.append(f"! as configured it does not start: {sizing.refused}")
     elif sizing.configured.fits is False:
         lines.append("! as configured it does not fit")
-    if sizing.configured.time is None:
+    if not any(way.time for way in sizing.ways):
         reason = f"hardware={hardware.name} has no {', '.join(hardware.unknown)}" if hardware.unknown else ""
         lines.append(f"no time predicted: {reason or 'the rates are those of bf16, and precision=fp32'}")
         return [*lines, *_fitting(sizing)]
     if sizing.uncounted:
         lines.append(f"times are those of AdamW in bf16, not of {' and '.join(sizing.uncounted)}")
-    lines.append(f"as configured: {_cost(sizing.configured, tokens)}")
+    if sizing.configured.time:
+        lines.append(f"as configured: {_cost(sizing.configured, tokens)}")
     cheapest = sizing.cheapest
     if cheapest is None:
         return [*lines, *_fitting(sizing)]
