@@ -51,17 +51,11 @@ class Pretrained:
                 f"{path}/config.json: quantization_config: the weights are quantized; take the model they "
                 "were made of"
             )
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
-
+        theirs = _read_config(path)
         try:
-            with quiet_libraries():
-                theirs = AutoConfig.from_pretrained(path, local_files_only=True)
             return cls(path, shape_of(theirs), theirs.vocab_size, window_of(theirs))
-        except ZeroDivisionError as error:
-            raise UserError(f"{path}/config.json: a size in it is 0") from error
-        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-            raise UserError(f"{path}/config.json: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise _mistake(path, error) from error
 
     def check(self, vocab_size: int) -> None:
         """UserError where a tokenizer of `vocab_size` ids is not this model's."""
@@ -164,6 +158,21 @@ class Weights:
                 f"{self.path}: {HEAD} is not {embedding}, although config.json says "
                 "tie_word_embeddings=true; set it to false there if the head is the model's own"
             )
+
+
+def _read_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        with quiet_libraries():
+            return AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # its checks raise what each library behind them has for it
+        raise _mistake(path, error) from error
+
+
+def _mistake(path: Path, error: Exception) -> UserError:
+    reason = "a size in it is 0" if isinstance(error, ZeroDivisionError) else error
+    return UserError(f"{path}/config.json: {reason}")
 
 
 def _shapes(family: Family, config: DecoderConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
