@@ -7,9 +7,11 @@ import json
 import shutil
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from llmtrain.benchmarks.measure import failures_are_mistakes, require_one
 from llmtrain.benchmarks.options import parser
 from llmtrain.config.door import plain_door
 
@@ -44,6 +46,9 @@ def data(a: argparse.Namespace) -> None:
         shutil.rmtree(directory, ignore_errors=True)
     if a.output is not None:
         _write(a.output, report)
+    if "scale" not in a.only:
+        ways = [report[part]["ways"].values() for part in ("live", "prepare") if part in a.only]
+        require_one(chain(report.get("loaders", {}).values(), *ways))
 
 
 def step(a: argparse.Namespace) -> None:
@@ -54,10 +59,6 @@ def step(a: argparse.Namespace) -> None:
     _say(f"\n{TENSORS} parameters, processor time\n\n{steps_table(results)}\n")
     if a.output is not None:
         _write(a.output, {"turns": a.turns, "stages": results})
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def kernels(a: argparse.Namespace) -> None:
@@ -71,6 +72,7 @@ def kernels(a: argparse.Namespace) -> None:
     _say(f"\n{report['machine']['device']}: {shape}\n\n{kernels_table(report)}\n")
     if a.output is not None:
         _write(a.output, report)
+    require_one(result for mask in report["masks"].values() for result in mask.values())
 
 
 def model(a: argparse.Namespace) -> None:
@@ -84,6 +86,11 @@ def model(a: argparse.Namespace) -> None:
     _say(f"\n{describe(report)}\n\n{models_table(report)}\n")
     if a.output is not None:
         _write(a.output, report)
+    require_one(report["candidates"].values())
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _say(text: str) -> None:
@@ -94,7 +101,12 @@ def _say(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain bench`."""
     a = parser(__doc__, {"data": data, "step": step, "kernels": kernels, "model": model}).parse_args(argv)
-    return plain_door(lambda: a.run(a))
+
+    def run() -> None:
+        with failures_are_mistakes(f"llmtrain bench {a.benchmark}"):
+            a.run(a)
+
+    return plain_door(run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,41 +12,64 @@ from typing import TYPE_CHECKING, Any
 from llmtrain.config.door import plain_door
 
 if TYPE_CHECKING:
+    from llmtrain.config import UserError
     from llmtrain.training.finished import FinishedRun
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 PROMPT = "In the beginning there was a word, and 2 + 2 was 4: so it is written. def main() -> None: pass"
 """What the export and the run are compared on."""
 NOTE = "llmtrain_export.json"
+UNFINISHED = ".unfinished"
+LARGEST_ROUNDING = 1e-3
+"""Of a logit: two exact computations in fp32 differ by less."""
+
+logger = logging.getLogger(__name__)
 
 
 def export(run: Path, output: Path, step: int | None, dtype: str, max_shard_gb: float) -> dict[str, Any]:
     """Write weights, config and tokenizer for `transformers`, and compare; returns what NOTE then says.
 
-    Weights are read and written a shard at a time. `output` appears when all of it is written.
+    Weights are read and written a shard at a time. `output` has them when all of it is written; what then
+    ends the comparison leaves a whole export, whose NOTE says that it was not compared.
     """
     from llmtrain.config import UserError
     from llmtrain.training.finished import open_finished
 
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not empty; name a new directory")
+    try:
+        output = output.expanduser().resolve()
+        if output.exists() and any(entry.name != UNFINISHED for entry in output.iterdir()):
+            raise UserError(f"{output}: exists and is not empty; name a new directory")
+    except OSError as error:
+        raise _not_writable(output, error) from error
     finished = open_finished(run, step)
-    note = _write(finished, output, dtype, max_shard_gb)
+    try:
+        note = _write(finished, output, dtype, max_shard_gb)
+    except OSError as error:
+        raise _not_writable(output, error) from error
     note |= _compare(finished, output)
-    (output / NOTE).write_text(json.dumps(note, indent=2) + "\n")
+    _write_note(output, note)
+    _warn(note)
     return note
 
 
+def _not_writable(output: Path, error: OSError) -> UserError:
+    from llmtrain.config import UserError
+
+    return UserError(f"{output}: cannot be written: {error.strerror or error}; name another directory")
+
+
 def _write(finished: FinishedRun, output: Path, dtype: str, max_shard_gb: float) -> dict[str, Any]:
+    """Into a directory aside first; an empty one that is there already stays the one that it is."""
     import shutil
 
     import torch
 
     from llmtrain import __version__
-    from llmtrain.model.huggingface import write_pretrained
+    from llmtrain.model.huggingface import rounding_there, write_pretrained
     from llmtrain.model.huggingface.checking import versions
+    from llmtrain.tokenizer import BytesTokenizer
 
-    aside = output.with_name(f".{output.name}.unfinished")
+    aside = output / UNFINISHED if output.is_dir() else output.with_name(f".{output.name}{UNFINISHED}")
     shutil.rmtree(aside, ignore_errors=True)
     family = write_pretrained(
         aside,
@@ -59,20 +83,36 @@ def _write(finished: FinishedRun, output: Path, dtype: str, max_shard_gb: float)
         max_shard_gb=max_shard_gb,
     )
     finished.tokenizer.save(aside)
-    aside.rename(output)
-    return {
+    if isinstance(finished.tokenizer, BytesTokenizer):
+        logger.info("tokenizer=bytes: transformers has no such tokenizer; its ids are a text's UTF-8 bytes")
+    note = {
         "run": finished.config.name,
         "step": finished.step,
         "family": family.name,
         "dtype": dtype,
         "versions": {"llmtrain": __version__, **versions()},
+        "max_logit_difference": None,
+        "not_compared": "the comparison did not come to its end",
+        "rounding_there": rounding_there(finished.config.model),
     }
+    _write_note(aside, note)
+    if aside.parent != output:
+        aside.rename(output)
+        return note
+    for file in aside.iterdir():
+        file.rename(output / file.name)
+    aside.rmdir()
+    return note
+
+
+def _write_note(directory: Path, note: dict[str, Any]) -> None:
+    (directory / NOTE).write_text(json.dumps(note, indent=2) + "\n")
 
 
 def _compare(finished: FinishedRun, output: Path) -> dict[str, Any]:
     """The largest difference of a logit between the run's fp32 weights here and the export in transformers.
 
-    One model is held at a time; where even that does not fit, the difference is null and a reason given.
+    Both on the CPU, one at a time; where even one does not fit, the difference is null and a reason given.
     """
     import psutil
     import torch
@@ -83,19 +123,35 @@ def _compare(finished: FinishedRun, output: Path) -> dict[str, Any]:
     free = psutil.virtual_memory().available
     if needed > 0.8 * free:
         reason = f"{needed / 1e9:.1f} GB of weights do not fit into {free / 1e9:.1f} GB of free memory"
-        return {"max_logit_difference": None, "not_compared": reason}
+        return {"not_compared": reason}
     ids = torch.from_numpy(finished.tokenizer.encode_batch([PROMPT])[0])[None, : finished.config.seq_len]
     with torch.no_grad():
-        here = finished.model(ids.to(next(finished.model.parameters()).device)).cpu()
-    del finished.__dict__["model"]
+        here = finished.assemble()(ids)
     difference = float((here - logits_there(output, ids.long())).abs().max())
-    return {"max_logit_difference": difference, "prompt": PROMPT, "positions": ids.shape[1]}
+    return {
+        "max_logit_difference": difference,
+        "not_compared": None,
+        "prompt": PROMPT,
+        "positions": ids.shape[1],
+    }
+
+
+def _warn(note: dict[str, Any]) -> None:
+    """Where an export in fp32 is not the model that was trained."""
+    difference = note["max_logit_difference"] or 0.0
+    if note["dtype"] == "fp32" and not note["rounding_there"] and not difference <= LARGEST_ROUNDING:
+        logger.warning(
+            "logits differ by %.2g from those of transformers, which rounding does not explain "
+            "(%g at most): compare the two models before you use the export",
+            difference, LARGEST_ROUNDING,
+        )  # fmt: skip
 
 
 def _told(note: dict[str, Any]) -> str:
     if note["max_logit_difference"] is None:
         return f"not compared with transformers: {note['not_compared']}"
-    return f"largest logit difference to transformers {note['max_logit_difference']:.2g}"
+    reason = f" ({note['rounding_there']})" if note["rounding_there"] else ""
+    return f"largest logit difference to transformers {note['max_logit_difference']:.2g}{reason}"
 
 
 def _size(text: str) -> float:

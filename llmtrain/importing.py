@@ -1,7 +1,8 @@
-"""Signals while libraries are imported. It imports none itself, so that they are heard early."""
+"""Signals and log lines while libraries are imported. It imports none itself, so that it is there early."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,17 @@ def signals_end_it() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No log line below an error: what libraries lack themselves, and we do not use, is no news to a user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _leave(number: int, _: object) -> NoReturn:

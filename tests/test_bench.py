@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from fractions import Fraction
 from importlib.util import find_spec
 from itertools import count
@@ -18,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from llmtrain import bench
-from llmtrain.benchmarks import measure
+from llmtrain.benchmarks import kernels, measure, model
 from llmtrain.benchmarks.corpus import WEIGHTS, make_marked, make_text, make_tokens
 from llmtrain.benchmarks.data import CANDIDATES, OURS, Candidate, Sizes, compare, loaders_table
 from llmtrain.benchmarks.loaders import NanoGPT, Ours, Tensors, largest_deviation
@@ -327,6 +329,64 @@ def test_ways_from_text_to_tokens_make_the_same_tokens(
 def test_a_loader_that_nobody_knows_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["data", "--loaders", "wonder"]) == ExitCode.CONFIG
     assert "wonder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("kernels --output HERE/no/x.json", "argument --output: HERE/no: no such directory; make it first"),
+        ("kernels --output HERE", "argument --output: HERE is a directory; name a file in it"),
+        ("kernels --seconds -1", "argument --seconds: -1 is not above 0 and finite"),
+        ("kernels --seconds nan", "argument --seconds: nan is not above 0 and finite"),
+        ("kernels --rows 0", "argument --rows: 0 is not above 0"),
+        ("step --turns 0", "argument --turns: 0 is not above 0"),
+        ("data --smaller 0", "argument --smaller: 0 is not above 0"),
+        ("data --directory HERE/no", "argument --directory: HERE/no: no such directory; make it first"),
+        ("model --directory HERE/no", "argument --directory: HERE/no: no such directory; make it first"),
+        ("model --nanogpt HERE/model.py", "argument --nanogpt: HERE/model.py: no such file"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_measured(
+    words: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        bench.main(words.replace("HERE", str(tmp_path)).split())
+    assert end.value.code == 2
+    assert reason.replace("HERE", str(tmp_path)) in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="backends that need a GPU are there")
+def test_a_run_that_measured_nothing_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["kernels", "--backends", "flash4", "--length", "8"]) == 1
+    assert "error: llmtrain bench kernels: no candidate was measured" in capsys.readouterr().err
+
+
+def test_a_measurement_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmtrain.benchmarks.step.__name__", HERE)  # the station has no `measure` there
+    assert bench.main(["step", "--turns", "1", "--stages", "0", "--directory", str(tmp_path)]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: llmtrain bench step: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "gpu", "cpu"),
+    [
+        ("kernels", asdict(kernels.TRAINING), asdict(kernels.SMALL)),
+        ("model", asdict(model.LARGE), asdict(model.SMALL)),
+    ],
+)
+def test_help_tells_the_sizes_that_are_taken(
+    command: str, gpu: dict[str, Any], cpu: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for name, value in gpu.items():
+        text = words.partition(f" --{name.replace('_', '-')} ")[2].partition(" --")[0]
+        both = f"{value}, without a GPU {cpu[name]}" if value != cpu[name] else f"{value}"
+        assert f"(default: {both})" in text, name
 
 
 def test_the_door_writes_every_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

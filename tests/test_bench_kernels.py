@@ -55,7 +55,8 @@ def test_the_door_measures_all_and_names_what_is_not_here(
     shape = ["--rows", "2", "--length", "24", "--heads", "4", "--head-dim", "16", "--documents", "3"]
     assert main(["kernels", *shape, "--seconds", "0.001", "--rounds", "2", "--output", str(output)]) == 0
     report = json.loads(output.read_text())
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "Warning" not in told
     assert kernels_table(report) in printed
     assert list(report["masks"]) == list(MASKS)
     for found in report["masks"].values():
@@ -68,5 +69,6 @@ def test_the_door_measures_all_and_names_what_is_not_here(
             assert min(result["forward_ms"], result["both_ms"]) > 0
     if not torch.cuda.is_available():
         assert "- causal, flash: needs an NVIDIA GPU" in printed
+        assert printed.count("- flex is not fused on a CPU") == 1
         assert "out_error" in report["masks"]["both"]["flex"]
         assert "both_ms" not in report["masks"]["both"]["flex"]

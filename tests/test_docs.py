@@ -23,7 +23,7 @@ YAML = re.findall(r"```yaml\n(.*?)```", PAGES["data"], re.S)
 
 def commands(page: str) -> list[str]:
     """The lines of a page's bash blocks, without their comments."""
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", PAGES[page], re.S)).splitlines()
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", PAGES[page].replace("\\\n", ""), re.S)).splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 

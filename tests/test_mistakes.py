@@ -42,7 +42,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "an attention backend that is not here": (["model/attention=flash"], "model.attention.backend=flash"),
     "an unknown way to compile": (["compile=maybe"], "compile=maybe"),
-    "an unknown FP8 recipe": (["fp8=rowise"], "fp8=rowise"),
+    "an unknown FP8 recipe": (["fp8=rowise"], "fp8=rowise: must be one of false, tensorwise, rowwise"),
     "a file that is not there": (["data.sources.prose.path=nowhere/*.jsonl"], "data.sources.prose.path"),
     "a field that is not there": (["+data.sources.prose.text_key=body"], "body"),
     "weight and epochs mixed": (["+data.sources.prose.epochs=2"], "epochs"),

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,23 @@ class NotInstalledError(Exception):
 
 class FailedError(Exception):
     """The candidate went wrong; the text says how."""
+
+
+@contextmanager
+def failures_are_mistakes(what: str) -> Iterator[None]:
+    """A measurement without which there is no comparison is one line, and an exit code of 1."""
+    from llmtrain.config import UserError  # not in stations, whose memory is measured
+
+    try:
+        yield
+    except (FailedError, NotInstalledError) as error:
+        raise UserError(f"{what}: {error}", exit_code=1) from error
+
+
+def require_one(results: Iterable[Mapping[str, Any]]) -> None:
+    """FailedError where every candidate is missing or failed."""
+    if all("missing" in result or "error" in result for result in results):
+        raise FailedError("no candidate was measured; what was printed says why")
 
 
 class Station:

@@ -118,31 +118,22 @@ class EnoughError(Exception):
     """The last timed step is over: nothing is saved."""
 
 
-class End:
-    """A callback that ends a run after a step whose line is written."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_start(self, run: callbacks.Run) -> None:
-        """It has nothing to prepare."""
-
-    def is_due(self, run: callbacks.Run, step: int) -> bool:
-        return step > self._step
-
-    def load(self, run: callbacks.Run, step: int) -> None:
-        """It reads no text."""
-
-    def after_step(self, run: callbacks.Run, line: dict[str, Any]) -> None:
-        raise EnoughError
-
-
 def ours(task: dict[str, Any], stage: int) -> Result:
     """The trainer, its own loader and metrics included; the times are those of its metrics.jsonl."""
     from llmtrain import distributed
     from llmtrain.distributed import World
     from llmtrain.training.build import build_run, open_run
+    from llmtrain.training.callbacks import Callback
     from llmtrain.training.trainer import begin, fit
+
+    class End(Callback):
+        """Ends a run after a step whose line is written."""
+
+        def is_due(self, run: callbacks.Run, step: int) -> bool:
+            return step > steps
+
+        def after_step(self, run: callbacks.Run, line: dict[str, Any]) -> None:
+            raise EnoughError
 
     given = Task(**task)
     config, steps = given.config(stage), WARM_UP + given.steps
@@ -150,7 +141,7 @@ def ours(task: dict[str, Any], stage: int) -> Result:
         distributed.initialize(World())
         run = build_run(config, World(), open_run(config, World()), prepared)
         begin(run)
-        run.callbacks = [*run.callbacks, End(steps)]
+        run.callbacks = [*run.callbacks, End()]
         with suppress(EnoughError):
             fit(run)
     lines = [json.loads(line) for line in run.directory.metrics.read_text().splitlines()]

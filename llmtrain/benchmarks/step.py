@@ -55,7 +55,7 @@ class BareLoop:
         config.gradient_clipping = before
 
 
-class Turns:
+class Turns(callbacks.Callback):
     """A callback that lets the bare loop run as many steps, in the middle of a run, as the run just did."""
 
     def __init__(self, bare: BareLoop, every: int, warm_up: int) -> None:
@@ -64,14 +64,8 @@ class Turns:
         self.pairs: list[tuple[float, float]] = []
         """Processor seconds of `every` steps: the trainer's, with all its threads, and the bare loop's."""
 
-    def on_start(self, run: callbacks.Run) -> None:
-        """The first turns are the warm-up's, so no clock is needed here."""
-
     def is_due(self, run: callbacks.Run, step: int) -> bool:
         return step % self._every == 0
-
-    def load(self, run: callbacks.Run, step: int) -> None:
-        """It reads no text."""
 
     def after_step(self, run: callbacks.Run, line: dict[str, Any]) -> None:
         ours = time.process_time() - self._since

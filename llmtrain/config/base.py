@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Union, get_args
 
 from pydantic import (
@@ -39,8 +39,11 @@ class Config(BaseModel):
     )
 
     @classmethod
-    def complete(cls, value: Mapping[str, Any], given: Collection[str]) -> Mapping[str, Any]:
-        """What other files add to the composed keys, before validation; `given`: keys of the command line."""
+    def complete(cls, value: Mapping[str, Any], given: Mapping[str, str]) -> Mapping[str, Any]:
+        """What other files add to the composed keys, before validation.
+
+        `given`: keys and groups of the command line, and the text that each was given.
+        """
         return value
 
     @field_validator("*", mode="before")

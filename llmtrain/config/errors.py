@@ -14,6 +14,7 @@ from pydantic import Tag, ValidationError
 
 from llmtrain.config.base import TARGET, Config, target_class
 
+YAML = {"False": "false", "True": "true", "None": "null"}
 LONGEST_VALUE = 60
 """Characters of a wrong value that a message repeats."""
 
@@ -159,8 +160,9 @@ def _line(found: list[tuple[_Place, Mapping[str, Any]]], root_value: Mapping[str
         case "union_tag_not_found":
             tags = [tag for tag, _ in _members(place.annotation) if tag is not None]
             return f"{place.key}.kind: missing: set it to {_one_of(tags)}"
-    allowed = list(dict.fromkeys(_allowed(detail) for _, detail in found))
     names = [name for _, detail in found for name in _literals(detail)]
+    allowed = list(dict.fromkeys(_allowed(detail) for _, detail in found if not _literals(detail)))
+    allowed += [f"must be {_one_of(names)}"] if names else []
     if place.keys and _begins_with_a_key(place, allowed[0]):
         return f"{place.key}.{allowed[0]}"
     return f"{_assignment(place)}: {' or '.join(allowed)}{did_you_mean(str(place.value), names)}".lstrip(": ")
@@ -173,8 +175,6 @@ def _begins_with_a_key(place: _Place, message: str) -> bool:
 
 
 def _allowed(detail: Mapping[str, Any]) -> str:
-    if detail["type"] == "literal_error":
-        return f"must be {_one_of(_literals(detail))}"
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "must be a group of keys, not a single value"
     message = str(detail["msg"])
@@ -189,8 +189,8 @@ def _literals(detail: Mapping[str, Any]) -> list[str]:
 
 
 def _names(listed: str) -> list[str]:
-    """The names in pydantic's `'a', 'b' or 'c'`."""
-    return [name.strip("'") for name in re.split(r", | or ", listed)]
+    """The names in pydantic's `'a', 'b' or False`, as YAML has them."""
+    return [YAML.get(name, name.strip("'")) for name in re.split(r", | or ", listed)]
 
 
 def _one_of(names: Sequence[str]) -> str:

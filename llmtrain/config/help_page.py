@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WIDTH = 100
+SHARED = "base"
+"""The file that a group's options begin with; it is none of them."""
 
 USAGE = """\
 Usage: llmtrain {door} [group=option ...] [key=value ...]
@@ -26,7 +28,7 @@ def config_groups(directories: Sequence[Path]) -> dict[str, list[str]]:
     for directory in directories:
         for file in directory.rglob("*.yaml"):
             group = file.parent.relative_to(directory).as_posix()
-            if group != "." and group.split("/")[0] != "hydra":
+            if group != "." and group.split("/")[0] != "hydra" and file.stem != SHARED:
                 found.setdefault(group, set()).add(file.stem)
     return {group: sorted(found[group]) for group in sorted(found)}
 

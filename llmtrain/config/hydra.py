@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from llmtrain.config.base import Config
 from llmtrain.config.door import plain_door, rank_door
 from llmtrain.config.errors import UserError, describe, did_you_mean
-from llmtrain.config.help_page import config_groups, help_page
+from llmtrain.config.help_page import SHARED, config_groups, help_page
 from llmtrain.distributed import World
 from llmtrain.importing import signals_end_it
 
@@ -66,15 +66,17 @@ def compose(
 
     `config_dir` adds a directory with more options for the groups, as `--config-dir` does.
     """
-    composed = _compose(overrides, _Tree(directory or config_directory(), config_dir, primary))
+    tree = _Tree(directory or config_directory(), config_dir, primary)
+    composed = _compose(overrides, tree)
     with _one_line_errors():
         value = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     unset = sorted(OmegaConf.missing_keys(composed))
-    value = dict(root.complete(_without_missing(value), {_key(word) for word in overrides}))
+    value = dict(root.complete(_without_missing(value), dict(map(_assigned, overrides))))
     try:
         config = root.model_validate(value)
     except ValidationError as error:
-        raise UserError(*describe(root, value, error)) from error
+        lines = describe(root, value, error)
+        raise UserError(*_choices_by_kind(lines, overrides, config_groups(tree.directories))) from error
     if unset:
         raise UserError(*(f"{key}: missing: set {key}=..." for key in unset))
     return config
@@ -272,10 +274,12 @@ def _module_of(run: Callable[..., Any]) -> str:
 
 def _compose(overrides: Sequence[str], tree: _Tree, hydra_node: bool = False) -> DictConfig:
     """Hydra's composition. A key that does not exist is let through: validation knows the nearest match."""
+    groups = config_groups(tree.directories)
     _refuse_job_options(overrides)
+    _refuse_groups_as_keys(overrides, groups)
     words = [*overrides, *_search_path(overrides, tree.config_dir)]
     with (
-        _one_line_errors(config_groups(tree.directories), overrides),
+        _one_line_errors(groups, overrides),
         hydra.initialize_config_dir(str(tree.directory), version_base=VERSION_BASE),
     ):
         while True:
@@ -295,19 +299,50 @@ def _with_new_key(overrides: Sequence[str], message: str) -> list[str]:
     return [f"++{word}" if start and word.startswith(start) else word for word in overrides]
 
 
-def _key(override: str) -> str:
-    """The key, or the group, that an override of the command line names."""
-    return override.lstrip("+~").partition("=")[0]
+def _assigned(override: str) -> tuple[str, str]:
+    """The key, or the group, that an override of the command line names, and the text it is given."""
+    key, _, text = override.lstrip("+~").partition("=")
+    return key, text
 
 
 def _refuse_job_options(overrides: Sequence[str]) -> None:
     """Hydra's own keys would be accepted and do nothing, because its job runner is not used."""
     for word in overrides:
-        key = _key(word)
+        key, _ = _assigned(word)
         if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
             raise UserError(
                 f"{word}: Hydra composes the config and does nothing else here, so this has no effect"
             )
+
+
+def _refuse_groups_as_keys(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
+    """`model.attention=flash` would put a word where a group of keys belongs."""
+    wrong = []
+    for word in overrides:
+        key, option = _assigned(word)
+        group = key.replace(".", "/")
+        if "." in key and option in groups.get(group, ()):
+            wrong.append(f"{word}: an option of a group is chosen with a slash: {group}={option}")
+    if wrong:
+        raise UserError(*wrong)
+
+
+def _choices_by_kind(
+    lines: Sequence[str], overrides: Sequence[str], groups: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """`lines` with one for `optimizer.kind=lion` in place of those about keys that another kind has."""
+    lines = list(lines)
+    for word in overrides:
+        key, option = _assigned(word)
+        place = key.removesuffix(".kind")
+        group = place.replace(".", "/")
+        if place == key or option not in groups.get(group, ()):
+            continue
+        others = rf"{re.escape(place)}\.[^ ]+: (no such key|missing)"
+        kept = [line for line in lines if not re.match(others, line)]
+        if kept != lines:
+            lines = [f"{word}: its other keys are still another kind's; choose it as {group}={option}", *kept]
+    return lines
 
 
 def _search_path(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]:
@@ -347,7 +382,8 @@ def _explain(error: Exception, groups: Mapping[str, Sequence[str]], overrides: S
         return f"{error.override or repr('')}: not a valid override: {message}; {quoting}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        known = [name.rpartition("/")[2] for name in error.options]
+        names = (name.rpartition("/")[2] for name in error.options)
+        known = [name for name in names if name != SHARED]
         listed = f"{group} has {', '.join(known)}"
         return f"{group}={option}: no such option; {listed}{did_you_mean(option, known)}"
     refused = re.match(r"Could not override '([^'@]+)", message)

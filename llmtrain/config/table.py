@@ -12,7 +12,10 @@ UNBOUNDED = 100_000
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table, its first column to the left; a block of lines a row where a terminal is too narrow."""
+    """Print a table, its first column to the left; a block of lines a row where a terminal is too narrow.
+
+    A column without a heading is one of marks: in a block they stand behind the name.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -30,8 +33,11 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str
         return
     print_lines(title)
     for name, *cells in rows:
-        facts = (f"  {heading}: {cell}" for heading, cell in zip(headings[1:], cells, strict=True) if cell)
-        print_lines(name, *facts)
+        filled = [pair for pair in zip(headings[1:], cells, strict=True) if pair[1]]
+        marks = (cell for heading, cell in filled if not heading)
+        print_lines(
+            " ".join([name, *marks]), *(f"  {heading}: {cell}" for heading, cell in filled if heading)
+        )
 
 
 def print_lines(*lines: str) -> None:

@@ -7,12 +7,17 @@ scaled by the largest value of a tensor (tensorwise: fastest) or of each row and
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from llmtrain.config import UserError
+from llmtrain.importing import quiet_libraries
 
 if TYPE_CHECKING:
     from llmtrain.model.decoder import Decoder
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 Fp8Recipe = Literal["tensorwise", "rowwise"]
 
 MULTIPLE = 16
-"""The tensor cores' FP8 products want both sizes of a matrix to be multiples of this."""
+"""The tensor cores' FP8 products want both sizes of a matrix, and the tokens, to be multiples of this."""
 
 CAPABILITY = (8, 9)
 """The oldest CUDA architecture that has them: Ada."""
@@ -29,7 +34,8 @@ CAPABILITY = (8, 9)
 def check_fp8(recipe: Fp8Recipe) -> Any:
     """torchao.float8; UserError where it is missing or the GPU is too old. A CPU computes in emulation."""
     try:
-        import torchao.float8
+        with quiet_libraries():
+            import torchao.float8
     except ImportError as error:
         raise UserError(
             f"fp8={recipe}: torchao cannot be imported ({error}); pip install 'llmtrain[fp8]', or fp8=false"
@@ -66,3 +72,20 @@ def convert_to_fp8(decoder: Decoder, recipe: Fp8Recipe) -> list[str]:
             "change model.d_model and model.d_ff, or fp8=false"
         )
     return converted
+
+
+@contextmanager
+def without_fp8(decoder: Decoder) -> Iterator[None]:
+    """Inside, converted matrices multiply as before; not for compiled blocks, whose graphs are made again.
+
+    A scale is one number of a whole tensor under tensorwise: there every token moves all others a little.
+    """
+    float8 = sys.modules.get("torchao.float8.float8_linear")  # not imported: nothing is converted
+    matrices = [m for m in decoder.blocks.modules() if float8 and isinstance(m, float8.Float8Linear)]
+    for matrix in matrices:
+        matrix.forward = partial(nn.Linear.forward, matrix)
+    try:
+        yield
+    finally:
+        for matrix in matrices:
+            del matrix.forward

@@ -2,7 +2,7 @@
 
 from llmtrain.tokenizer.base import Tokenizer, TokenizerConfig
 from llmtrain.tokenizer.huggingface import HuggingFaceConfig, HuggingFaceTokenizer
-from llmtrain.tokenizer.loading import load_tokenizer
+from llmtrain.tokenizer.loading import load_tokenizer, vocab_size_of
 from llmtrain.tokenizer.raw_bytes import BytesConfig, BytesTokenizer
 from llmtrain.tokenizer.sentencepiece import SentencePieceConfig, SentencePieceTokenizer
 
@@ -16,4 +16,5 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "load_tokenizer",
+    "vocab_size_of",
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmtrain.config import UserError
 from llmtrain.tokenizer import huggingface, raw_bytes, sentencepiece
-from llmtrain.tokenizer.base import Tokenizer
+from llmtrain.tokenizer.base import Tokenizer, TokenizerConfig
 
 
 def load_tokenizer(directory: Path, backend: str | None = None) -> Tokenizer:
@@ -24,3 +24,10 @@ def load_tokenizer(directory: Path, backend: str | None = None) -> Tokenizer:
         return raw_bytes.BytesTokenizer()
     names = ", ".join((sentencepiece.FILE, huggingface.FILE, raw_bytes.FILE))
     raise UserError(f"no tokenizer in {directory}: it holds none of {names}")
+
+
+def vocab_size_of(config: TokenizerConfig) -> int:
+    """Ids of a tokenizer, without text: of one that is yet to be trained, those that it is asked for."""
+    if isinstance(config, sentencepiece.SentencePieceConfig) and config.path is None:
+        return config.vocab_size
+    return config.load().vocab_size

@@ -20,9 +20,9 @@ from llmtrain.data.prepare import Prepared, check_inputs
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
 from llmtrain.model import Decoder
-from llmtrain.model.fp8 import check_fp8, convert_to_fp8
+from llmtrain.model.fp8 import check_fp8, convert_to_fp8, without_fp8
 from llmtrain.model.kernels import Use
-from llmtrain.model.kernels.probe import check_isolation
+from llmtrain.model.kernels.probe import check_gradients, check_isolation
 from llmtrain.optim.schedules import Schedule
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llmtrain.training.callbacks import Callback
@@ -82,16 +82,20 @@ class Run:
 def check_start(config: TrainConfig, world: World) -> None:
     """UserError for what only the number of ranks or the disk can tell, before anything starts.
 
-    The text must be there, and a checkpoint that `resume` names; the attention backend and FP8, if asked for;
-    the global batch must divide into ranks and micro-batches.
+    The text must be there, and a checkpoint that `resume` names, or whole weights of `model.init_from`; the
+    attention backend and FP8, if asked for; the global batch must divide into ranks and micro-batches.
     """
+    from llmtrain.training.pretrained import check_files
+
     check_inputs(config.data)
     if config.fp8:
         check_fp8(config.fp8)
     if config.model.attention.backend != "auto":
         config.model.kernel(attention_use(config, precision_here(config)))
     checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
-    if checkpoint is not None and config.resume != "auto":
+    if checkpoint is None:
+        check_files(config)
+    elif config.resume != "auto":
         step = read_record(checkpoint)["step"]
         if step >= config.max_steps:
             raise UserError(f"max_steps={config.max_steps}: {checkpoint} is at step {step}; raise max_steps")
@@ -158,15 +162,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     engine = build_model_engine(
         config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
     )
-    if config.fp8 != "tensorwise":  # which scales a tensor by its largest value: all tokens move all others
-        check_isolation(
-            engine.logits,
-            backend=engine.model.kernel.name,
-            documents=config.data.documents == "separate",
-            vocab_size=tokenizer.vocab_size,
-            seq_len=config.seq_len,
-            device=engine.device,
-        )
+    check_kernel(config, engine, precision)
     device, parameters = engine.device.type, engine.model.parameter_count
     stage = config.deepspeed.stage
     logger.info(
@@ -197,6 +193,25 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
             SampleCallback(config.callbacks.sample),
             ProfileCallback(config.profile),
         ],
+    )
+
+
+def check_kernel(config: TrainConfig, engine: Engine, precision: ResolvedPrecision) -> None:
+    """UserError if the attention kernel lets documents, or gradients, meet here; collective."""
+    model, shape = engine.model, engine.model.config
+    seen: Any = {
+        "documents": config.data.documents == "separate",
+        "seq_len": config.seq_len,
+        "device": engine.device,
+    }
+    with without_fp8(model):
+        check_isolation(engine.logits, backend=model.kernel.name, vocab_size=model.vocab_size, **seen)
+    check_gradients(
+        model.kernel,
+        shape=(shape.n_heads, shape.n_kv_heads, shape.d_head),
+        slopes=model.position.slopes(engine.device),
+        dtype=attention_use(config, precision).dtype,
+        **seen,
     )
 
 

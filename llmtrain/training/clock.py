@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from llmtrain.training.engine.transfer import Moment
@@ -13,6 +15,7 @@ class StepClock:
     def __init__(self, device: torch.device, step: int) -> None:
         self._device, self._step = device, step
         self._since = Moment(device)
+        self.total = Laps()
 
     def restart(self, step: int) -> None:
         """Count from now, after `step`: what was done since the last step is no part of any."""
@@ -20,6 +23,19 @@ class StepClock:
 
     def lap(self, step: int, done: Moment) -> float:
         """Seconds a step since the last lap or restart; `step` was over at `done`, which has come."""
-        seconds = done.seconds_since(self._since) / (step - self._step)
+        lap = Laps(step - self._step, done.seconds_since(self._since))
+        self.total = Laps(self.total.steps + lap.steps, self.total.seconds + lap.seconds)
         self._step, self._since = step, done
-        return seconds
+        return lap.seconds / lap.steps
+
+
+@dataclass(frozen=True)
+class Laps:
+    """Steps that were counted, and the seconds they took; nothing between them."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    def step_since(self, earlier: Laps) -> float:
+        """Seconds a step of those that were counted later than `earlier`, of which there must be one."""
+        return (self.seconds - earlier.seconds) / (self.steps - earlier.steps)

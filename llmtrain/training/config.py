@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from llmtrain.config import Config, choice
 from llmtrain.data.config import DataConfig
 from llmtrain.model import DecoderConfig
-from llmtrain.model.fp8 import Fp8Recipe
+from llmtrain.model.fp8 import MULTIPLE, Fp8Recipe
 from llmtrain.optim.adamw import AdamWConfig
 from llmtrain.optim.base import OptimizerConfig
 from llmtrain.optim.lion import LionConfig
@@ -81,7 +81,7 @@ class TrainConfig(Config):
     logger: LoggerConfig
 
     @classmethod
-    def complete(cls, value: Mapping[str, Any], given: Collection[str]) -> Mapping[str, Any]:
+    def complete(cls, value: Mapping[str, Any], given: Mapping[str, str]) -> Mapping[str, Any]:
         """With the shape of `model.init_from`."""
         from llmtrain.training.pretrained import with_shape
 
@@ -89,7 +89,11 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _runs_right(self) -> Self:
-        """Refuse what DeepSpeed 0.19.8 computes wrongly, and what does not fit together."""
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """ValueError for what DeepSpeed 0.19.8 computes wrongly, and for what does not fit together."""
         if self.deepspeed.stage == 0 and self.precision == "bf16":
             raise ValueError(
                 "precision=bf16 with deepspeed=zero0: DeepSpeed takes a spurious first optimizer step there, "
@@ -107,6 +111,12 @@ class TrainConfig(Config):
             raise ValueError(
                 f"fp8={self.fp8} with precision=fp32: FP8 is a step below bf16; use precision=auto"
             )
+        tokens = self.micro_batch_size * self.seq_len
+        if self.fp8 and tokens % MULTIPLE:  # the inner size of the weights' gradients
+            raise ValueError(
+                f"fp8={self.fp8}: micro_batch_size x seq_len = {self.micro_batch_size} x {self.seq_len} = "
+                f"{tokens} tokens, not a multiple of {MULTIPLE}; change one of the two, or fp8=false"
+            )
         curriculum = self.data.curriculum
         if curriculum is not None and curriculum.from_length > self.seq_len:
             raise ValueError(
@@ -118,7 +128,6 @@ class TrainConfig(Config):
                 f"global_batch_size={self.global_batch_size} is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
-        return self
 
 
 class PrepareConfig(TrainConfig):

@@ -48,11 +48,15 @@ class FinishedRun:
     @cached_property
     def model(self) -> Decoder:
         """The decoder with these weights, in fp32 on one device."""
+        return self.assemble().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def assemble(self) -> Decoder:
+        """The decoder with these weights, in fp32 on the CPU."""
         model = self.config.model.assemble(vocab_size=self.tokenizer.vocab_size, seq_len=self.config.seq_len)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.weights[name])
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return model
 
     def sources(self) -> tuple[dict[str, ShardedSource], dict[str, ShardedSource]]:
         """Training and held-out text: the shards it was trained on, or the same text prepared again.

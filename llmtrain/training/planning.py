@@ -23,7 +23,7 @@ from llmtrain.data.plan import (
 from llmtrain.data.plan_page import plan_page
 from llmtrain.data.prepare import build_tokenizer, check_inputs, prepared_tokens
 from llmtrain.data.sizes import needs_tokenizer, source_sizes
-from llmtrain.tokenizer import SentencePieceConfig, Tokenizer, TokenizerConfig
+from llmtrain.tokenizer import Tokenizer, TokenizerConfig, vocab_size_of
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.loggers import short
 from llmtrain.training.run_directory import RunDirectory, write_atomically
@@ -90,13 +90,7 @@ def size_of(config: PlanConfig) -> Sizing:
     """Parameters, memory and time on the hardware that `config` names, or on that of this machine."""
     hardware = config.hardware.resolve(device_name())
     ranks = config.gpus or hardware.gpus_per_node or 1
-    return size(config, _vocab_size(config.tokenizer), ranks, hardware, config.headroom_gib)
-
-
-def _vocab_size(tokenizer: TokenizerConfig) -> int:
-    if isinstance(tokenizer, SentencePieceConfig) and tokenizer.path is None:
-        return tokenizer.vocab_size  # of the one that would be trained
-    return tokenizer.load().vocab_size
+    return size(config, vocab_size_of(config.tokenizer), ranks, hardware, config.headroom_gib)
 
 
 def plan_json(config: PlanConfig, plan: Plan, sizing: Sizing) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from llmtrain.config import UserError
 from llmtrain.model import Decoder
 from llmtrain.model.huggingface import Pretrained, family_of
 from llmtrain.model.init import Gather, initialize_parameters
+from llmtrain.tokenizer import vocab_size_of
 from llmtrain.training.checkpoint import find_checkpoint, read_record
 from llmtrain.training.run_directory import RunDirectory
 
@@ -20,21 +21,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def with_shape(value: Mapping[str, Any], given: Collection[str]) -> Mapping[str, Any]:
+def with_shape(value: Mapping[str, Any], given: Mapping[str, str]) -> Mapping[str, Any]:
     """The composed keys of a run with the shape of `model.init_from`; the same where it is not set.
 
-    The shape of a preset gives way. A key that the command line names (`given`) and that says something else
-    is a UserError. A run that goes on keeps its own shape, and the directory may be gone.
+    The shape of a preset that nobody named gives way. What the command line names (`given`: preset, group or
+    key, and its text) and that says something else is a UserError. A run that goes on keeps its own shape,
+    and the directory may be gone.
     """
     model = value.get("model")
     if not isinstance(model, Mapping) or not model.get("init_from"):
         return value
     shape, source = _shape_of_run(value) or _shape_of_directory(value)
-    wrong = [
-        f"{key}={ours}: {source} has {theirs}; leave {key} or model.init_from out"
-        for key, ours, theirs in _contradictions(model, shape, given)
-    ]
-    if wrong:
+    if wrong := list(_contradictions(model, shape, source, given)):
         raise UserError(*wrong)
     return {**value, "model": {**model, **shape}}
 
@@ -60,23 +58,41 @@ def _shape_of_directory(value: Mapping[str, Any]) -> tuple[dict[str, Any], Path]
 
 
 def _contradictions(
-    model: Mapping[str, Any], shape: Mapping[str, Any], given: Collection[str]
-) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value given, value there). `model=7b` gives every key of the shape."""
-    for word in sorted(given):
-        group, *parts = word.replace("/", ".").split(".")
-        if group != "model":
+    model: Mapping[str, Any], shape: Mapping[str, Any], source: Path, given: Mapping[str, str]
+) -> Iterator[str]:
+    """A line for each word of the command line; `model=7b` gives every key of the shape."""
+    for word, text in sorted(given.items()):
+        group, *path = word.replace("/", ".").split(".")
+        if group != "model" or (path and path[0] not in shape):
             continue
-        for path in [parts] if parts else [[key] for key in shape]:
+        if path:
             ours, theirs = _get(model, path), _get(shape, path)
-            if path[0] in shape and ours is not None and ours != theirs:
-                yield ".".join(["model", *path]), ours, theirs
+            differs = ours is not None and ours != theirs
+        else:
+            differs = any(model.get(key) not in (None, shape[key]) for key in shape)
+        if differs and "." in word:
+            yield f"{word}={ours}: {source} has {theirs}; leave {word} or model.init_from out"
+        elif differs:
+            what = path[0] if path else "shape"
+            yield f"{word}={text}: {source} has another {what}; leave {word}={text} or model.init_from out"
 
 
 def _get(value: Any, path: Collection[str]) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def check_files(config: TrainConfig) -> None:
+    """UserError where `model.init_from` has not the weights of its config.json, or another vocabulary.
+
+    Nothing is needed of the text, and no weights are read.
+    """
+    path = config.model.init_from
+    if path is not None:
+        found = Pretrained.open(_directory(path))
+        found.check(vocab_size_of(config.tokenizer))
+        found.check_weights(config.model)
 
 
 class Initialize:

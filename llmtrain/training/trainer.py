@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,15 +46,15 @@ class Launched:
 
 def fit(run: Run) -> None:
     """Train from the step after `run.step` to the last one, or until somebody asks to stop."""
-    try:
+    with ExitStack() as ends:
+        for sink in run.loggers:
+            ends.callback(sink.close)
         for callback in run.callbacks:
+            ends.callback(callback.on_end, run)
             callback.on_start(run)
         pin = run.engine.device.type == "cuda"
-        with closing(run.dataset.batches(run.step + 1, run.world.rank, run.world.world_size, pin)) as batches:
-            _loop(run, batches)
-    finally:
-        for sink in run.loggers:
-            sink.close()
+        batches = run.dataset.batches(run.step + 1, run.world.rank, run.world.world_size, pin)
+        _loop(run, ends.enter_context(closing(batches)))
 
 
 def _loop(run: Run, batches: Batches) -> None:
@@ -64,7 +64,7 @@ def _loop(run: Run, batches: Batches) -> None:
     """
     every = run.config.checkpoint.every
     late: Launched | None = None
-    run.clock.restart(run.step)
+    _go(run)
     while not (run.finished or run.stop.agreed):
         due = [callback for callback in run.callbacks if callback.is_due(run, run.step + 1)]
         if not _load(run, batches, due):
@@ -77,11 +77,18 @@ def _loop(run: Run, batches: Batches) -> None:
             late = launched
             continue
         late = None
-        _settle(run, launched, due)
+        _settle(run, launched, due, saves)
         if saves or run.stop.agreed:
             save(run)
         if saves or due:
-            run.clock.restart(run.step)
+            _go(run)
+
+
+def _go(run: Run) -> None:
+    """Steps come: the next one begins now."""
+    for callback in run.callbacks:
+        callback.on_go(run)
+    run.clock.restart(run.step)
 
 
 def _launch(run: Run, batch: Batch) -> Launched:
@@ -92,15 +99,20 @@ def _launch(run: Run, batch: Batch) -> Launched:
     return Launched(run.step, lr, pending)
 
 
-def _settle(run: Run, launched: Launched, due: Sequence[Callback] = ()) -> None:
-    """Read what a step was, and see to what follows from it."""
+def _settle(run: Run, launched: Launched, due: Sequence[Callback] = (), saves: bool = False) -> None:
+    """Read what a step was, and see to what follows from it; `saves`: a save is part of that."""
     step, result = launched.step, launched.pending.result()
     run.skipped = 0 if result.applied else run.skipped + 1
     run.stop.agreed = result.stop
     run.losses.add(result)
     last = step == run.step and (run.finished or result.stop)
-    if due or last or run.skipped or step % run.config.log_every == 0:
+    logged = due or last or run.skipped or step % run.config.log_every == 0
+    if logged or saves:
         seconds = run.clock.lap(step, launched.pending.done)
+    if due or last or saves:
+        for callback in run.callbacks:
+            callback.on_pause(run)
+    if logged:
         line = step_metrics(run, step, result, launched.lr, seconds)
         for callback in due:
             callback.after_step(run, line)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
 
-from llmtrain.config import ExitCode, UserError, describe
+from llmtrain.config import Config, ExitCode, UserError, describe
 from tests.config.small import SmallConfig
 
 GOOD: dict[str, Any] = {
@@ -111,6 +111,17 @@ CASES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("change", "expected"), CASES, ids=[expected[:40] for _, expected in CASES])
 def test_one_line_with_the_full_key(change: dict[str, Any], expected: str) -> None:
     assert lines(**change) == [expected]
+
+
+def test_words_of_several_types_are_one_list_as_yaml_has_them() -> None:
+    class Recipe(Config):
+        fp8: Literal[False] | Literal["tensorwise", "rowwise"]
+
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate({"fp8": True})
+    assert describe(Recipe, {"fp8": True}, caught.value) == [
+        "fp8=true: must be one of false, tensorwise, rowwise"
+    ]
 
 
 def test_every_mistake_is_told_at_once() -> None:

@@ -109,6 +109,20 @@ MISTAKES = [
         "model/positon: no such group; groups are experiment, model, model/position; "
         "did you mean model/position?",
     ),
+    (
+        ["model.position=none"],
+        "model.position=none: an option of a group is chosen with a slash: model/position=none",
+    ),
+    (["++model.position=rope"], "++model.position=rope: an option of a group is chosen with a slash"),
+    (["model.position=nope"], "model.position=nope: expected a mapping"),
+    (
+        ["model.position.kind=none"],
+        "model.position.kind=none: its other keys are still another kind's; choose it as model/position=none",
+    ),
+    (
+        ["model/position=none", "model.position.kind=rope"],
+        "model.position.kind=rope: its other keys are still another kind's; choose it as model/position=rope",
+    ),
     (["model=unset"], "model.d_model: missing, and it has no default: set model.d_model=..."),
     (["~model"], "model: missing, and it has no default: set model=..."),
     (["~nam"], "Could not delete from config. 'nam' does not exist."),

@@ -20,7 +20,8 @@ PATH = "/a/path/longer/than/narrow/terminals/without/any/place/to/break/it/and-a
 NUMBERS = [f"{number:,}" for number in (123_456_789, 10**12, 2**50, 99_999, 7_654_321, 31)]
 PRINT = f"""
 from llmtrain.config.table import print_lines, print_table
-print_table("ten thousand ids", ["source", *"abcdef"], [["{NAME}", *{NUMBERS}]])
+rows = [["{NAME}", *{NUMBERS}, "*"], ["other", *"123456", ""]]
+print_table("ten thousand ids", ["source", *"abcdef", ""], rows)
 print_lines("{NAME}: {PATH}", "  rejected: " + ", ".join(number + " empty" for number in {NUMBERS}))
 """
 
@@ -55,8 +56,9 @@ def on_a_terminal(columns: int) -> list[str]:
 
 def test_a_pipe_gets_whole_lines() -> None:
     lines = on_a_pipe().splitlines()
-    (row,) = [line for line in lines if line.startswith("│")]
-    assert [cell.strip() for cell in row.strip("│").split("│")] == [NAME, *NUMBERS]
+    row, other = [line for line in lines if line.startswith("│")]
+    assert [cell.strip() for cell in row[1:-1].split("│")] == [NAME, *NUMBERS, "*"]
+    assert [cell.strip() for cell in other[1:-1].split("│")] == ["other", *"123456", ""]
     assert len(row) > 80
     assert lines[-2:] == [
         f"{NAME}: {PATH}",
@@ -73,3 +75,6 @@ def test_a_terminal_breaks_no_number(columns: int) -> None:
     assert any(line.startswith("│") for line in lines) == (columns == 200)
     assert all(len(line) <= columns or PATH in line for line in lines)
     assert PATH in words
+    if columns < 200:
+        assert f"{NAME} *" in lines and "other" in lines
+        assert not any(line.strip().startswith(":") for line in lines)

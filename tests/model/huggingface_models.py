@@ -76,6 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral": ("mistral", LLAMA | {"sliding_window": None}),
     "Mistral 0.1": ("mistral", LLAMA | {"sliding_window": 512}),
     "Qwen2": ("qwen2", LLAMA | {"head_dim": 8}),
+    "Qwen2, wide heads": ("qwen2", LLAMA),
     "Qwen3": ("qwen3", LLAMA | {"tie_word_embeddings": True}),
     "Falcon 7B": ("falcon", FALCON),
     "Falcon RW": ("falcon", FALCON_RW),

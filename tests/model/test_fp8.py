@@ -13,7 +13,7 @@ import torch
 from llmtrain.config import UserError
 from llmtrain.config.hydra import compose
 from llmtrain.model import Decoder
-from llmtrain.model.fp8 import check_fp8, convert_to_fp8
+from llmtrain.model.fp8 import check_fp8, convert_to_fp8, without_fp8
 from llmtrain.training.config import TrainConfig
 from tests.model.small import decoder, packed_batch, relative_error
 from tests.training.test_engine import batch, build
@@ -57,6 +57,17 @@ def test_weights_and_their_names_stay() -> None:
     plain.load_state_dict(state)
 
 
+def test_fp8_can_be_left_out_for_a_while() -> None:
+    plain, ours = shape().bfloat16(), shape().bfloat16()
+    convert_to_fp8(ours, "tensorwise")
+    ids = packed_batch()["input_ids"]
+    with without_fp8(ours):
+        assert torch.equal(ours(ids), plain(ids))
+    assert not torch.equal(ours(ids), plain(ids))
+    with without_fp8(plain):
+        plain(ids)
+
+
 def test_only_matrices_of_round_sizes_are_converted() -> None:
     """d_ff=24 leaves the feed-forward part as it is; the head and the norms of q and k never change."""
     model = shape(d_ff=24, qk_norm=True, tie_embeddings=False, feed_forward="gelu")
@@ -87,6 +98,10 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             "zero3 and compile=false: .*; use compile=true",
         ),
         (["precision=fp32"], "fp8=tensorwise with precision=fp32"),
+        (
+            ["micro_batch_size=1", "seq_len=72"],
+            "= 1 x 72 = 72 tokens, not a multiple of 16",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(tiny: list[str], overrides: list[str], named: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from llmtrain.config import UserError
 from llmtrain.config.hydra import compose
 from llmtrain.model import Decoder, DecoderConfig
 from llmtrain.model.generation import generate
-from llmtrain.model.huggingface import Pretrained, family_of, write_pretrained
+from llmtrain.model.huggingface import Pretrained, family_of, rounding_there, write_pretrained
 from llmtrain.model.huggingface.families import CHOICES
 from llmtrain.training.config import TrainConfig
 from tests.model import huggingface_models as theirs
@@ -122,14 +124,14 @@ def test_interleaved_rope_is_written_in_halves(tmp_path: Path, qk_norm: bool) ->
     [
         (
             {"position": POSITIONS["alibi"], "n_kv_heads": 4, "d_ff": 128},
-            "model.position=alibi with model.norm=rmsnorm, model.feed_forward=swiglu: no Hugging Face "
+            "model/position=alibi with model.norm=rmsnorm, model.feed_forward=swiglu: no Hugging Face "
             "architecture is such a model; the nearest is MPT, which has model.norm=layernorm_no_bias, "
             "model.feed_forward=gelu",
         ),
         ({"position": POSITIONS["alibi"]}, "scaled=false, model.norm=rmsnorm, .* nearest is Falcon, .*=true"),
-        ({"position": {"kind": "learned"}}, "model.position=learned: no .* nearest is Llama, .*=rope"),
-        ({"position": {"kind": "none"}}, "model.position=none: .* nearest is Llama"),
-        ({"norm": "layernorm"}, "model.position=rope with model.norm=layernorm: .* Llama"),
+        ({"position": {"kind": "learned"}}, "model/position=learned: no .* Llama, .* model/position=rope"),
+        ({"position": {"kind": "none"}}, "model/position=none: .* nearest is Llama"),
+        ({"norm": "layernorm"}, "model/position=rope with model.norm=layernorm: .* Llama"),
         ({"feed_forward": "gelu"}, "model.feed_forward=gelu: .* Llama, .*feed_forward=swiglu or geglu"),
         ({"bias": "all", "qk_norm": True}, "model.(bias=all|qk_norm=true): .* nearest is"),
         ({"n_heads": 3, "head_dim": 8}, "model.n_heads=3: .* Llama, .*=1 or 2 or 4 or 8 or 16 or 32"),
@@ -283,6 +285,7 @@ def test_code_beside_a_config_does_not_run(tmp_path: Path) -> None:
         ("MPT", {"attn_config": {"clip_qkv": 6.0}}, "attn_config.clip_qkv=6.0"),
         ("MPT", {"attn_config": {"alibi": False}}, "attn_config.alibi=False"),
         ("MPT", {"logit_scale": 0.5}, "logit_scale=0.5"),
+        ("BLOOM", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact with pretraining_tp=2"),
         ("BLOOM", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection"),
     ],
     ids=str,
@@ -295,6 +298,39 @@ def test_models_that_this_decoder_is_not(
     with pytest.raises(UserError, match=words) as caught:
         Pretrained.open(tmp_path)
     assert str(file) in str(caught.value)
+
+
+QUIET = """
+import sys
+from pathlib import Path
+
+import torch
+
+from llmtrain.config import UserError
+from llmtrain.model.fp8 import check_fp8
+from llmtrain.model.huggingface import Pretrained
+from llmtrain.model.huggingface.checking import logits_there
+
+directory, other = map(Path, sys.argv[1:])
+logits_there(directory, torch.zeros(1, 4, dtype=torch.long))
+try:
+    Pretrained.open(other)
+except UserError:
+    check_fp8("rowwise")
+"""
+
+
+def test_libraries_tell_nothing_of_themselves(tmp_path: Path) -> None:
+    """torchao of its missing extensions, transformers of a scaling that our own line refuses."""
+    pytest.importorskip("torchao")
+    directory = theirs.save(theirs.build("Llama GQA"), tmp_path / "llama")
+    keys = json.loads((directory / "config.json").read_text())
+    keys["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    (tmp_path / "yarn").mkdir()
+    (tmp_path / "yarn" / "config.json").write_text(json.dumps(keys))
+    command = [sys.executable, "-c", QUIET, str(directory), str(tmp_path / "yarn")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_directories_that_are_not_whole(tmp_path: Path) -> None:
@@ -325,7 +361,7 @@ def test_weights_that_are_missing_or_too_many(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"hold no model.layers.1.mlp.down_proj.weight, "):
         theirs.ours(tmp_path)
     theirs.pickled(tmp_path, weights | {"model.norm.weight": torch.ones(31)})
-    with pytest.raises(UserError, match=r"final_norm.weight has the shape \[31\], .* says \[32\]"):
+    with pytest.raises(UserError, match=r"model.norm.weight has the shape \[31\], .* says \[32\]"):
         theirs.ours(tmp_path)
 
 
@@ -342,10 +378,34 @@ def test_the_vocabulary_must_be_the_tokenizers(tmp_path: Path, ids: int, fits: b
         theirs.ours(tmp_path, vocab_size=ids)
 
 
-def test_falcons_rounding_of_its_alibi_and_what_it_costs(tmp_path: Path) -> None:
-    """transformers rounds slope * position to bf16: exact for these slopes up to position 256."""
-    name = "Falcon RW"
-    model = theirs.build(name)
+def without_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets transformers' Falcon keep its ALiBi in fp32."""
+    import inspect
+
+    from transformers.models.falcon import modeling_falcon as falcon
+
+    source = inspect.getsource(falcon.build_alibi_tensor)
+    assert source.count(".bfloat16()") == 1
+    names: dict[str, Any] = {**vars(falcon)}
+    exec(source.replace(".bfloat16()", ""), names)
+    monkeypatch.setattr(falcon, "build_alibi_tensor", names["build_alibi_tensor"])
+
+
+@pytest.mark.parametrize("heads", [4, 6, 32])
+def test_falcons_alibi_is_theirs_but_for_their_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int
+) -> None:
+    """transformers rounds slopes and slope * position to bf16."""
+    changes = {"num_attention_heads": heads, "hidden_size": 8 * heads}
+    monkeypatch.setitem(theirs.MODELS, "here", ("falcon", theirs.FALCON_RW | changes))
+    model = theirs.build("here")
     ours = theirs.ours(theirs.save(model, tmp_path))
-    assert theirs.largest_difference(ours, model, tokens(length=256)) < 1e-4
+    assert rounding_there(ours.config) is not None
     assert theirs.largest_difference(ours, model, tokens(length=1000)) > 1e-3
+    without_rounding(monkeypatch)
+    assert theirs.largest_difference(ours, model, tokens(length=1000)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["Llama GQA", "Falcon 7B", "BLOOM", "MPT"])
+def test_no_other_family_rounds(tmp_path: Path, name: str) -> None:
+    assert rounding_there(theirs.ours(theirs.save(theirs.build(name), tmp_path)).config) is None

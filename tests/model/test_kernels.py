@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from llmtrain.config import UserError
 from llmtrain.model.documents import Documents
 from llmtrain.model.kernels import AttentionConfig, Kernel, Shape, Use, choose, eager, sdpa
-from llmtrain.model.kernels.probe import check_isolation
+from llmtrain.model.kernels.probe import check_gradients, check_isolation
 from llmtrain.model.position import alibi_slopes
 from tests.model.libraries import MODULES, stand_in
 from tests.model.small import KV_HEADS, POSITIONS, SEQ_LEN, VOCAB, decoder, relative_error
@@ -371,3 +371,74 @@ def test_the_probe_finds_rows_that_meet() -> None:
     mixed = lambda ids, positions, starts: model(ids, None, positions, starts).cumsum(0)  # noqa: E731
     with torch.no_grad(), pytest.raises(UserError, match="moved logits of another row"):
         check_isolation(mixed, backend="mine", documents=True, vocab_size=VOCAB, seq_len=SEQ_LEN, device=CPU)
+
+
+def gradient_probe(
+    kernel: Kernel,
+    position: str = "rope",
+    documents: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    width: int = 16,
+) -> None:
+    slopes = torch.tensor(alibi_slopes(HEADS), device=device) if position == "alibi" else None
+    check_gradients(
+        kernel,
+        shape=(HEADS, 2, width),
+        slopes=slopes,
+        dtype=dtype,
+        documents=documents,
+        seq_len=1024,
+        device=device,
+    )
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_the_probe(backend: str, position: str, documents: bool, dtype: torch.dtype) -> None:
+    gradient_probe(choose.load(backend), position, documents, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+@pytest.mark.parametrize("backend", choose.BACKENDS)
+@pytest.mark.parametrize("documents", [True, False])
+def test_gradients_pass_the_probe_on_a_gpu(backend: Any, position: str, documents: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(f"{backend}: needs a CUDA device")
+    lacking = choose.missing(backend, Shape(64, position == "alibi"), Use("cuda", torch.bfloat16, documents))
+    if lacking is not None:
+        pytest.skip(f"{backend}: {lacking}")
+    gradient_probe(choose.load(backend), position, documents, torch.bfloat16, torch.device("cuda"), 64)
+
+
+def backward_leak(reached: Callable[[Tensor], Tensor]) -> Kernel:
+    """A kernel whose outputs are right and whose gradients also go where `reached` has its values from."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Any) -> Tensor:
+        other = reached(v).sum(dim=2, keepdim=True)
+        return eager.attend(q, k, v, prepared) + (other - other.detach())
+
+    return Kernel("mine", eager.prepare, attend)
+
+
+@pytest.mark.parametrize(
+    ("reached", "name"),
+    [
+        (lambda v: v.roll(-1, dims=1), "later tokens of the same document"),
+        (lambda v: v.cumsum(1), "the document before it in the row"),
+        (lambda v: v.flip(0), "another row"),
+    ],
+)
+def test_the_probe_finds_a_backward_pass_that_leaks(reached: Any, name: str) -> None:
+    with pytest.raises(UserError, match=f"backend=mine: a gradient reached {name}"):
+        gradient_probe(backward_leak(reached))
+
+
+@pytest.mark.parametrize("position", ["none", "alibi"])
+def test_forward_passes_that_leak_do_so_backward(position: str) -> None:
+    for prepare in (one_document, sees_the_future):
+        with pytest.raises(UserError, match="backend=mine: a gradient reached"):
+            gradient_probe(Kernel("mine", prepare, eager.attend), position)

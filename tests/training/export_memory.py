@@ -66,7 +66,7 @@ def read(directory: Path) -> None:
     config = DecoderConfig.model_validate({**found.shape, "attention": decoder_config().attention})
     with torch.device("meta"):
         model = config.assemble(vocab_size=VOCABULARY, seq_len=SEQ_LEN)
-    weights = Weights(directory / "exported", config)
+    weights = Weights(directory / "exported", config, VOCABULARY)
     for name, _ in model.named_parameters():
         weights[name].sum()
 

@@ -15,7 +15,7 @@ from llmtrain.model.init import initialize_parameters
 from llmtrain.model.kernels import Kernel, Shape, Use, choose, eager, sdpa
 from tests.model.libraries import MODULES, stand_in
 from tests.model.small import POSITIONS, VOCAB, config, relative_error
-from tests.model.test_kernels import CPU, MASKS, inputs, one_document
+from tests.model.test_kernels import CPU, MASKS, backward_leak, inputs, one_document
 from tests.training.test_syncs import HostReads, started
 
 
@@ -36,11 +36,23 @@ def test_nothing_is_read_on_the_host(monkeypatch: pytest.MonkeyPatch, backend: s
     assert reads.count == 0
 
 
+@pytest.mark.parametrize("options", [[], ["precision=bf16_autocast", "fp8=tensorwise"]], ids=str)
 def test_a_run_does_not_start_with_a_kernel_that_ignores_documents(
-    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     monkeypatch.setattr(sdpa, "KERNEL", Kernel("sdpa", one_document, eager.attend))
-    with pytest.raises(UserError, match="backend=sdpa: a changed token moved logits"), started(tiny):
+    refused = pytest.raises(UserError, match="backend=sdpa: a changed token moved logits")
+    with refused, started([*tiny, *options]):
+        pass
+
+
+def test_a_run_does_not_start_with_a_backward_pass_that_leaks(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaks = backward_leak(lambda v: v.cumsum(1))
+    monkeypatch.setattr(sdpa, "KERNEL", leaks._replace(name="sdpa"))
+    refused = pytest.raises(UserError, match="backend=sdpa: a gradient reached the document before it")
+    with refused, started(tiny):
         pass
 
 

@@ -67,7 +67,7 @@ def test_an_option_without_a_home_is_refused_by_name(ranks, tiny, tmp_path, caps
     ranks.run([*tiny, "model/position=alibi", "max_steps=1"], 1, tmp_path)
     assert export_main([str(tmp_path / "run"), str(tmp_path / "exported")]) == 78
     error = capsys.readouterr().err
-    assert "model.position=alibi" in error
+    assert "model/position=alibi" in error
     assert "the nearest is Falcon, which has" in error
     assert [path.name for path in tmp_path.iterdir() if "exported" in path.name] == []
 
@@ -103,6 +103,21 @@ def test_a_model_that_does_not_fit_is_not_compared(ranks, tiny, tmp_path, capsys
     assert "do not fit" in note["not_compared"]
 
 
+def test_a_difference_that_no_rounding_explains_is_a_warning(ranks, tiny, tmp_path, monkeypatch, caplog):
+    from llmtrain.model.huggingface import checking
+
+    ranks.run([*tiny, "max_steps=1"], 1, tmp_path)
+    run, there = str(tmp_path / "run"), checking.logits_there
+    assert export_main([run, f"{tmp_path}/right"]) == 0
+    assert "tokenizer=bytes: transformers has no such tokenizer" in caplog.text
+    assert "which rounding does not explain" not in caplog.text
+    monkeypatch.setattr(checking, "logits_there", lambda *inputs: there(*inputs) + 0.002)
+    assert export_main([run, f"{tmp_path}/bf16", "--dtype", "bf16"]) == 0
+    assert "which rounding does not explain" not in caplog.text
+    assert export_main([run, f"{tmp_path}/wrong"]) == 0
+    assert "logits differ by 0.002 from those of transformers, which rounding does not" in caplog.text
+
+
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_weights_are_those_that_deepspeed_reads(ranks, tiny, tmp_path, stage, precision):
     """The same fp32 values as its own converter; where that one cannot read, as the saved module."""
@@ -126,3 +141,53 @@ def test_an_existing_directory_is_not_written_into(ranks, tiny, tmp_path, capsys
     assert export_main([str(tmp_path), str(tmp_path / "mine")]) == 78
     assert "not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_what_ends_the_comparison_leaves_a_whole_export(ranks, tiny, tmp_path, monkeypatch):
+    """A model that is too large for the GPU, and for which memory then ends."""
+    from llmtrain.model import Decoder
+    from llmtrain.model.huggingface import checking
+
+    ranks.run([*tiny, "max_steps=1"], 1, tmp_path)
+    run, output = str(tmp_path / "run"), tmp_path / "exported"
+
+    def too_large(model: Decoder, *_: object) -> Decoder:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Decoder, "to", too_large)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert export_main([run, f"{output}-compared"]) == 0
+
+    def ends(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(checking, "logits_there", ends)
+    with pytest.raises(MemoryError):
+        export_main([run, str(output)])
+    compared = {path.name for path in (tmp_path / "exported-compared").iterdir()}
+    assert {path.name for path in output.iterdir()} == compared
+    note = json.loads((output / "llmtrain_export.json").read_text())
+    assert (note["step"], note["max_logit_difference"]) == (1, None)
+    assert note["not_compared"] == "the comparison did not come to its end"
+
+
+def test_an_empty_directory_is_written_into_wherever_one_stands(ranks, tiny, tmp_path, monkeypatch):
+    ranks.run([*tiny, "max_steps=1"], 1, tmp_path)
+    here = tmp_path / "here"
+    (here / ".unfinished").mkdir(parents=True)  # an export that was interrupted
+    (here / ".unfinished" / "half").touch()
+    monkeypatch.chdir(here)
+    assert export_main([str(tmp_path / "run"), "."]) == 0
+    names = {path.name for path in Path.cwd().iterdir()}
+    assert {"config.json", "model.safetensors", "llmtrain_export.json"} <= names
+    assert not {".unfinished", "half"} & names
+
+
+def test_a_place_that_cannot_be_written_is_one_line(ranks, tiny, tmp_path, capsys):
+    ranks.run([*tiny, "max_steps=1"], 1, tmp_path)
+    (tmp_path / "file").touch()
+    for place in ("file", "file/x", "/proc/x/y"):
+        output = tmp_path / place
+        assert export_main([str(tmp_path / "run"), str(output)]) == 78
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {output}: cannot be written: ")

@@ -20,9 +20,10 @@ from llmtrain.config.hydra import compose
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.sizing.choose import GIB, Sizing, size
 from llmtrain.training.sizing.hardware import known_devices
-from llmtrain.training.sizing.memory import Layout, activations, head, memory, saved_by_block
-from llmtrain.training.sizing.model import Model
+from llmtrain.training.sizing.memory import Layout, activations, head, mask, memory, saved_by_block, touched
+from llmtrain.training.sizing.model import Group, Model
 from llmtrain.training.sizing.speed import between, communication, step_time
+from llmtrain.training.sizing.words import remarks
 from tests.training.walk import CASES
 
 TINY = [
@@ -111,7 +112,7 @@ def walked(directory: Path, ranks: int, cases: list[str]) -> list[dict[str, Any]
     ("ranks", "cases"), [(2, []), (1, ["zero0 bf16_autocast", "zero1 bf16", "zero2 fp32", "zero3 bf16"])]
 )
 def test_memory_against_real_engines(tmp_path: Path, ranks: int, cases: list[str]) -> None:
-    """State to the byte; gradients between two micro-batches beside at most two buckets and a fragment."""
+    """State to the byte; gradients between two micro-batches beside at most one bucket of 5,000 elements."""
     found = walked(tmp_path, ranks, cases)
     assert len(found) == (len(cases) or len(CASES))
     for case in found:
@@ -119,12 +120,32 @@ def test_memory_against_real_engines(tmp_path: Path, ranks: int, cases: list[str
         assert case["found"] == case["state"], name
         if "offload" not in name:
             beside = case["gradients"] - case["predicted_gradients"]
-            assert 0 <= beside <= 2 * 4 * 5000, name
+            assert 0 <= beside <= 4 * 5000, name
         written = case["checkpoint"] - case["predicted_checkpoint"]
         assert 0 <= written <= 20_000 * (1 + ranks), name  # names and settings do not grow with the model
 
 
-def saved_bytes(decoder: torch.nn.Module, autocast: bool) -> int:
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((12, 4), [12, 12, 12, 4]),
+        ((100,), [100] * 4),
+        ((4, 4, 4, 4), [4] * 4),
+        ((3, 3, 3, 3, 4), [6, 6, 6, 4]),
+        ((1, 1), [2, 0, 0, 0]),
+    ],
+)
+def test_a_parameter_across_a_border_is_touched_by_both_ranks(
+    sizes: tuple[int, ...], expected: list[int]
+) -> None:
+    """And its gradient is kept whole by both under stage 2: the table of the vocabulary by all four."""
+    config = configured("deepspeed=zero2")
+    layout = Layout.of(config, 4, "fp32")
+    assert touched(Group(sizes, 2, False), layout) == expected
+    assert memory(Model.of(config, VOCABULARY), replace(layout, accumulation=2)).gradients >= 4 * 384 * 64
+
+
+def saved_bytes(decoder: torch.nn.Module, autocast: bool, starts: list[int] | None = None) -> int:
     """Bytes of the distinct storages that a forward pass keeps for the backward pass, weights aside."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -138,7 +159,7 @@ def saved_bytes(decoder: torch.nn.Module, autocast: bool) -> int:
     ids = torch.zeros(2, 32, dtype=torch.int64)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        decoder(ids)
+        decoder(ids, cu_seqlens=None if starts is None else torch.tensor(starts, dtype=torch.int32))
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -196,6 +217,26 @@ def test_activations_against_torch_s_partitioner(overrides: list[str], precision
     statistics = 64 * 2 * 4 if precision == "bf16" and LAYERNORM in overrides else 0
     predicted = 64 * saved_by_block(model, layout) + casts - statistics
     assert of_one_block(config, precision, "aot_eager_decomp_partition") == predicted
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
+@pytest.mark.parametrize("position", ["none", "alibi"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_mask_of_sdpa_against_saved_tensors(apart: bool, position: str, precision: Any) -> None:
+    """What a forward pass keeps more than one without documents and ALiBi, for which no other kernel asks."""
+    kept, predicted = [], []
+    for kind, starts in [(position, [0, 7, 32, 64] if apart else None), ("none", None)]:
+        documents = "separate" if starts else "attend"
+        options = [f"model/position={kind}", "model/attention=sdpa", f"data.documents={documents}"]
+        config = configured(*options)
+        decoder = config.model.build(vocab_size=VOCABULARY, seq_len=32, seed=0)
+        kept.append(saved_bytes(decoder, precision == "bf16_autocast", starts))
+        layout = Layout.of(config, 1, precision)
+        predicted.append(activations(Model.of(config, VOCABULARY), layout))
+        fused = configured(*options, "model/attention=flash")
+        assert mask(Model.of(fused, VOCABULARY), layout) == 0
+    assert kept[0] - kept[1] == predicted[0] - predicted[1]
+    assert (kept[0] > kept[1]) == (apart or position == "alibi")
 
 
 def test_recomputation_and_micro_batches_change_activations() -> None:
@@ -341,15 +382,53 @@ def test_the_largest_micro_batch_that_fits_is_the_largest() -> None:
         assert best.layout.rows == 32 or memory(sizing.model, larger).total > room
 
 
-def test_the_cheapest_way_can_be_written_and_none_is_much_faster() -> None:
+def test_the_cheapest_way_is_not_much_slower_than_any() -> None:
     sizing = sized("model=7b")
     cheapest = sizing.cheapest
     assert cheapest is not None and cheapest.time is not None
     assert all(way.time.step > cheapest.time.step * 0.98 for way in sizing.ways if way.fits and way.time)
     assert not any(way.fits for way in sizing.ways if way.option == "zero0")  # 110 GB of states
-    again = sized("model=7b", *cheapest.overrides.split())
-    assert again.configured.memory == cheapest.memory
-    assert again.configured.time == cheapest.time
+
+
+@pytest.mark.parametrize("fp8", ["fp8=false", "fp8=tensorwise"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+def test_every_way_can_be_written(optimizer: str, fp8: str) -> None:
+    """What is compared is what would run: the config takes it, and counts the same."""
+    given = ["model=7b", f"optimizer={optimizer}", fp8, "compile=false", "activation_checkpointing=true"]
+    sizing = sized(*given)
+    assert sizing.cheapest in sizing.best
+    assert {way.layout.stage for way in sizing.ways} == {1, 2, 3} | ({0} if optimizer != "muon" else set())
+    eager = {way.layout.recompute for way in sizing.ways if way.layout.stage == 3}
+    assert eager == ({True} if fp8 != "fp8=false" else {True, False})
+    for way in sizing.best:
+        again = sized(*given, *way.overrides.split()).configured
+        assert (again.layout, again.memory, again.time) == (way.layout, way.memory, way.time), way.overrides
+
+
+def test_what_the_times_leave_out_is_told() -> None:
+    line = "times are those of AdamW in bf16, not of optimizer=muon and fp8=rowwise"
+    assert line in remarks(sized("optimizer=muon", "fp8=rowwise"), 10**9)
+    assert not any("times are" in line for line in remarks(sized(), 10**9))
+
+
+@pytest.mark.parametrize("without", ["precision=fp32", "hardware.memory_gbps=null"])
+def test_what_fits_is_told_without_times(without: str) -> None:
+    sizing = sized("model=1_3b", without)
+    assert sizing.cheapest is None and sizing.simplest is not None
+    assert sizing.simplest.option == "zero0" and not sizing.simplest.layout.recompute
+    assert remarks(sizing, 10**9)[-1] == f"least sharded that fits: {sizing.simplest.overrides}"
+    none = remarks(sized("model=70b", without, headroom=79), 10**9)
+    assert none[-1] == "! no way fits: more gpus, or a smaller model"
+    unknown = remarks(sized("model=1_3b", without, "hardware.memory_gib=null"), 10**9)
+    assert "no time predicted" in unknown[-1]
+
+
+def test_stage_3_has_a_whole_block_at_once() -> None:
+    """It is a leaf of DeepSpeed's, however little may be live."""
+    small = [f"deepspeed.zero_optimization.stage3_{key}=0" for key in ("max_live_parameters",
+             "prefetch_bucket_size", "param_persistence_threshold")]  # fmt: skip
+    way = sized("model=70b", "deepspeed=zero3", *small, gpus=64)
+    assert way.configured.memory.gathered == 2 * way.model.block_elements > 2 * way.model.largest
 
 
 def test_less_memory_more_sharding() -> None:

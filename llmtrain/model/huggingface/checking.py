@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from llmtrain.importing import quiet_libraries
 
 
 def versions() -> dict[str, str]:
@@ -18,6 +21,8 @@ def versions() -> dict[str, str]:
 @torch.no_grad()
 def logits_there(directory: Path, input_ids: Tensor) -> Tensor:
     """Logits [rows, T, V] of ids [rows, T] by the model that `transformers` loads in fp32, on the CPU."""
+    with quiet_libraries():
+        import_module("transformers.modeling_utils")  # torchao with it, where that is installed
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

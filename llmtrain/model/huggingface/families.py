@@ -10,6 +10,10 @@ Falcon 40B          Falcon 40B, 180B; two norms          the same with residual=
 Falcon 11B          Falcon2 11B; one norm                the same with residual=parallel_one_norm and GQA
 MPT                 MPT 7B, 30B                          alibi, layernorm_no_bias, gelu; MHA
 BLOOM               BLOOM, BLOOMZ                        alibi, layernorm, embedding_norm, biases; MHA
+
+Logits agree to rounding, but for Falcon with alibi: `transformers` rounds its slopes and their products with
+positions to bf16 (modeling_falcon.py, build_alibi_tensor), which is exact for up to 8 heads and 256 positions
+only; a decoder here keeps them in fp32.
 """
 
 from __future__ import annotations
@@ -172,14 +176,26 @@ def family_of(config: DecoderConfig) -> Family:
     wrong, nearest = min(found, key=lambda pair: sum(mismatch.weight for mismatch in pair[0]))
     if not wrong:
         return nearest
-    has = ", ".join(f"model.{key}={_text(value)}" for key, value, _ in wrong)
-    needs = ", ".join(f"model.{key}={needed}" for key, _, needed in wrong)
+    has = ", ".join(f"{_key(key)}={_text(value)}" for key, value, _ in wrong)
+    needs = ", ".join(f"{_key(key)}={needed}" for key, _, needed in wrong)
     position = options_of(config)["position"]
-    together = "" if any(key == "position" for key, _, _ in wrong) else f"model.position={position} with "
+    together = "" if any(key == "position" for key, _, _ in wrong) else f"model/position={position} with "
     raise UserError(
         f"{together}{has}: no Hugging Face architecture is such a model; the nearest is {nearest.name}, "
         f"which has {needs}"
     )
+
+
+def rounding_there(config: DecoderConfig) -> str | None:
+    """Why `transformers` computes other logits of the same weights; None where it does not."""
+    if family_of(config).model_type == "falcon" and config.position.has_slopes:
+        return "transformers rounds Falcon's ALiBi to bf16 (modeling_falcon.py, build_alibi_tensor)"
+    return None
+
+
+def _key(choice: str) -> str:
+    """As on the command line: a position is an option of a group."""
+    return "model/position" if choice == "position" else f"model.{choice}"
 
 
 def _alternatives(pattern: str) -> Iterator[str]:
@@ -236,7 +252,7 @@ _TWO_NORMS = {"residual": ("parallel",)}
 
 FAMILIES = (
     Family("Llama", "llama", LLAMA_NAMES, _LLAMA, (heads_divide_the_width,)),
-    Family("Qwen2", "qwen2", LLAMA_NAMES, _LLAMA | {"bias": ("qkv",)}, (heads_fill_the_width,)),
+    Family("Qwen2", "qwen2", LLAMA_NAMES, _LLAMA | {"bias": ("qkv",)}, ()),
     Family("Qwen3", "qwen3", LLAMA_NAMES, _LLAMA | {"qk_norm": (True,), "bias": ("none",)}, ()),
     Family("Falcon", "falcon", FALCON_NAMES, _FALCON, (heads_fill_the_width, one_or_all_kv_heads), True),
     Family("Falcon 40B", "falcon", FALCON_40B_NAMES, _FALCON | _TWO_NORMS, (heads_fill_the_width,), True),

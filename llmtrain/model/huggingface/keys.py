@@ -220,6 +220,8 @@ def _mpt_shape(theirs: Any) -> dict[str, Any]:
 
 def _bloom_shape(theirs: Any) -> dict[str, Any]:
     _only(not theirs.apply_residual_connection_post_layernorm, "apply_residual_connection_post_layernorm")
+    slices = theirs.pretraining_tp if theirs.slow_but_exact else 1
+    _only(slices == 1, f"slow_but_exact with pretraining_tp={slices}, whose sums leave the biases out")
     return {
         **_mha_shape(theirs, BLOOM_SIZES),
         "embedding_norm": True,

@@ -11,6 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmtrain.model.decoder import DecoderConfig
+
+
+def rows_of_parts(name: str, config: DecoderConfig) -> list[int]:
+    """Rows of each part of one of our fused matrices: gate and up, or queries, keys and values."""
+    if ".gate_up." in name:
+        return [config.d_ff, config.d_ff]
+    keys: int = config.n_kv_heads * config.d_head
+    return [config.n_heads * config.d_head, keys, keys]
+
 
 def grouped(rows: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
     """[(H + 2 K) D, ...], ours -> grouped."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmtrain.model.decoder import Decoder, DecoderConfig
 from llmtrain.model.huggingface.families import Family, family_of
 from llmtrain.model.huggingface.keys import keys_of
-from llmtrain.model.huggingface.rows import grouped, halves
+from llmtrain.model.huggingface.rows import grouped, halves, rows_of_parts
 from llmtrain.model.init import VOCABULARY
 
 GB = 10**9
@@ -114,7 +114,7 @@ class _Writer:
         if self.family.grouped_qkv and ".attention.qkv." in name:
             value = grouped(value, config.n_heads, config.n_kv_heads)
         theirs = self.family.theirs(name)
-        parts = value.split(_rows(name, config)) if len(theirs) > 1 else [value]
+        parts = value.split(rows_of_parts(name, config)) if len(theirs) > 1 else [value]
         for key, part in zip(theirs, parts, strict=True):
             yield key, part.detach().to("cpu", self.dtype, copy=True)
 
@@ -127,11 +127,3 @@ def _in_halves(name: str, value: Tensor, config: DecoderConfig) -> Tensor:
         return value
     turned = (config.n_heads + config.n_kv_heads) * config.d_head
     return torch.cat([halves(value[:turned], config.d_head), value[turned:]])
-
-
-def _rows(name: str, config: DecoderConfig) -> list[int]:
-    """Rows of each part of a fused matrix."""
-    if ".gate_up." in name:
-        return [config.d_ff, config.d_ff]
-    keys: int = config.n_kv_heads * config.d_head
-    return [config.n_heads * config.d_head, keys, keys]

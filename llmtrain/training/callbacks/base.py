@@ -12,6 +12,7 @@ from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
 from llmtrain.tokenizer import Tokenizer
+from llmtrain.training.clock import StepClock
 from llmtrain.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -51,21 +52,22 @@ class Run(Protocol):
     @property
     def dataset(self) -> PackedDataset: ...
     @property
+    def clock(self) -> StepClock: ...
+    @property
     def step(self) -> int: ...
     @property
     def finished(self) -> bool: ...
 
 
-class Callback(Protocol):
-    """Something optional that happens beside the training; every rank runs it."""
+class Callback:
+    """Something optional that happens beside the training; every rank runs it. By default nothing happens."""
 
     def on_start(self, run: Run) -> None:
         """Before the first step of this process."""
-        ...
 
     def is_due(self, run: Run, step: int) -> bool:
-        """Whether it has something to do after a step; every rank answers alike."""
-        ...
+        """Whether it has something to do after a step; every rank answers alike, and every time."""
+        return False
 
     def load(self, run: Run, step: int) -> None:
         """Before a step where it is due: open the text that it reads after it.
@@ -73,8 +75,15 @@ class Callback(Protocol):
         This alone may wait for text that is on its way. Nothing here is collective: while there is such text
         it is called in a thread, and the ranks go on together when all are done.
         """
-        ...
 
     def after_step(self, run: Run, line: dict[str, Any]) -> None:
         """After a step where it is due; keys put into `line` go into the step's line of metrics.jsonl."""
-        ...
+
+    def on_pause(self, run: Run) -> None:
+        """After a step that the device has done: callbacks' work, a save or the end comes next."""
+
+    def on_go(self, run: Run) -> None:
+        """The next step comes: the first of this process, or the first after a pause."""
+
+    def on_end(self, run: Run) -> None:
+        """After the last step of this process, also where an error ends it."""

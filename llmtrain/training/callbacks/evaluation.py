@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from llmtrain.config import Config
+from llmtrain.training.callbacks.base import Callback
 from llmtrain.training.evaluation import Unigram, evaluate_model, open_held_out
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class EvaluationConfig(Config):
     documents: Annotated[int, Field(gt=0)] | None
 
 
-class EvaluationCallback:
+class EvaluationCallback(Callback):
     """Puts eval/* into the step's line and writes eval/heldout.json, every `every` steps and at the last.
 
     Without held-out documents it does nothing.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtrain.training.engine.transfer import Moment
+from llmtrain.training.callbacks.base import Callback
+from llmtrain.training.clock import Laps
 from llmtrain.training.sizing.choose import GIB
 from llmtrain.training.sizing.hardware import device_name
 from llmtrain.training.sizing.memory import Layout, memory
@@ -26,8 +27,11 @@ WARM_UP, STEPS = 10, 20
 """Steps of this process: by the first compilation and allocation are over, after the second it is told."""
 
 
-class PredictionCallback:
-    """Writes the event `prediction` after 20 steps of this process; logs it where both sides are known."""
+class PredictionCallback(Callback):
+    """Writes the event `prediction` after 20 steps of this process; logs it where both sides are known.
+
+    What is measured are steps 11 to 20 themselves, without what lies between them.
+    """
 
     def __init__(
         self, config: TrainConfig, world: World, vocab_size: int, precision: ResolvedPrecision
@@ -42,7 +46,7 @@ class PredictionCallback:
         self._memory = memory(model, layout)
         self._tokens = config.global_batch_size * config.seq_len
         self._first = 0
-        self._warm: Moment | None = None
+        self._warm = Laps()
 
     def on_start(self, run: Run) -> None:
         """Say where nothing can be predicted, and so no MFU told."""
@@ -54,20 +58,15 @@ class PredictionCallback:
             )
 
     def is_due(self, run: Run, step: int) -> bool:
-        """Also notes when the steps that count begin, which the device may not have come to yet."""
-        steps = step - self._first
-        if steps == WARM_UP + 1:
-            self._warm = Moment(run.engine.device)
-        return steps == STEPS
-
-    def load(self, run: Run, step: int) -> None:
-        """It reads no text."""
+        return step - self._first in (WARM_UP, STEPS)
 
     def after_step(self, run: Run, line: dict[str, Any]) -> None:
-        assert self._warm is not None
-        now = Moment(run.engine.device)
-        now.wait()
-        seconds = now.seconds_since(self._warm) / (STEPS - WARM_UP)
+        if run.step - self._first == WARM_UP:
+            self._warm = run.clock.total
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            return
+        seconds = run.clock.total.step_since(self._warm)
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         predicted = self._time.step if self._time else None
         if not run.world.is_main:

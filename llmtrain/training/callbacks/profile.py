@@ -10,7 +10,8 @@ from pydantic import Field
 from torch.autograd import DeviceType
 
 from llmtrain.config import Config
-from llmtrain.training.engine.transfer import Moment
+from llmtrain.training.callbacks.base import Callback
+from llmtrain.training.clock import Laps
 
 if TYPE_CHECKING:
     from llmtrain.training.callbacks.base import Run
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_KERNELS = 30
+
+BETWEEN = "between steps"
+"""The range of a trace that holds callbacks' work or a save."""
 
 
 class ProfileConfig(Config):
@@ -27,18 +31,21 @@ class ProfileConfig(Config):
     from_step: Annotated[int, Field(gt=0)]
 
 
-class ProfileCallback:
+class ProfileCallback(Callback):
     """Rank 0's steps from_step .. from_step + steps - 1 of this process, as torch.profiler sees them.
 
     Writes profile/trace.json.gz, for chrome://tracing or ui.perfetto.dev, and profile/kernels.json. The
-    tracer is made ready a step ahead, which on a GPU takes a second; every rank stops for it alike.
+    tracer is made ready a step ahead, which on a GPU takes a second; every rank stops for it alike. What lies
+    between two steps is in the trace as `between steps`, and in no number. A run that ends before has the
+    profile of the steps so far.
     """
 
     def __init__(self, config: ProfileConfig) -> None:
         self._steps, self._from_step = config.steps, config.from_step
         self._ready = self._started = self._ended = 0
         self._profiler: torch.profiler.profile | None = None
-        self._began: Moment | None = None
+        self._between: torch.profiler.record_function | None = None
+        self._before: Laps | None = None
 
     def on_start(self, run: Run) -> None:
         """Know the steps of this process after which there is something to do."""
@@ -52,52 +59,75 @@ class ProfileCallback:
                 f"profile.from_step={self._from_step}: this process ends at its step "
                 f"{run.config.max_steps - run.step}, so nothing will be traced"
             )
-        self._at(run, run.step)
+        self._prepare(run)
 
     def is_due(self, run: Run, step: int) -> bool:
         return self._started < self._ended and step in (self._ready, self._started, self._ended)
 
-    def load(self, run: Run, step: int) -> None:
-        """It reads no text."""
-
     def after_step(self, run: Run, line: dict[str, Any]) -> None:
-        self._at(run, run.step)
+        self._prepare(run)
 
-    def _at(self, run: Run, step: int) -> None:
-        if not (run.world.is_main and self.is_due(run, step)):
+    def on_pause(self, run: Run) -> None:
+        if self._before is None:
             return
-        if step == self._ended:
+        if run.step == self._ended:
             self._write(run)
-            return
-        if step == self._ready:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if run.engine.device.type == "cuda":
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler = torch.profiler.profile(activities=activities, acc_events=True)
-            self._profiler.prepare_trace()
-        if step == self._started:
-            assert self._profiler is not None
+        else:
+            self._between = torch.profiler.record_function(BETWEEN)
+            self._between.__enter__()
+
+    def on_go(self, run: Run) -> None:
+        if self._between is not None:
+            self._between.__exit__(None, None, None)
+            self._between = None
+        elif self._profiler is not None and run.step == self._started:
             self._profiler.start_trace()
-            self._began = Moment(run.engine.device)
+            self._before = run.clock.total
+
+    def on_end(self, run: Run) -> None:
+        if self._before is not None:
+            self._write(run)
+
+    def _prepare(self, run: Run) -> None:
+        if not (run.world.is_main and self.is_due(run, run.step) and run.step == self._ready):
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if run.engine.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profiler = torch.profiler.profile(activities=activities, acc_events=True)
+        self._profiler.prepare_trace()
 
     def _write(self, run: Run) -> None:
-        profiler, began, steps = self._profiler, self._began, self._ended - self._started
-        assert profiler is not None and began is not None
-        ended = Moment(run.engine.device)
-        ended.wait()
+        profiler, before, laps = self._profiler, self._before, run.clock.total
+        assert profiler is not None and before is not None
+        self._profiler = self._before = None
+        if self._between is not None:
+            self._between.__exit__(None, None, None)
         profiler.stop_trace()
-        self._profiler = None
+        steps = laps.steps - before.steps
+        if not steps:
+            return
         directory = run.directory.path / "profile"
         directory.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(directory / "trace.json.gz"))
         found = {
             "first_step": self._started + 1,
             "steps": steps,
-            "step_ms": ended.seconds_since(began) * 1000 / steps,
-            **kernel_times(profiler.key_averages(), steps),
+            "step_ms": laps.step_since(before) * 1000,
+            **kernel_times(of_steps(profiler.events()), steps),
         }
         run.directory.write_json("profile/kernels.json", found)
-        logger.info("profile of steps %d to %d: %s", self._started + 1, self._ended, directory)
+        logger.info("profile of steps %d to %d: %s", self._started + 1, self._started + steps, directory)
+
+
+def of_steps(events: Any) -> list[Any]:
+    """The events that do not lie between steps."""
+    asides = [event.time_range for event in events if event.key == BETWEEN]
+    return [
+        event
+        for event in events
+        if not any(aside.start <= event.time_range.start <= aside.end for aside in asides)
+    ]
 
 
 def kernel_times(events: Any, steps: int) -> dict[str, Any]:
@@ -106,24 +136,26 @@ def kernel_times(events: Any, steps: int) -> dict[str, Any]:
     ms: a step, of the kernel or operator itself, without those it calls; share: of all of them.
     """
     kernels = [
-        (event.self_device_time_total, event)
+        (event.key, event.self_device_time_total)
         for event in events
         if event.device_type != DeviceType.CPU and not event.is_user_annotation
     ]
-    times = kernels or [(event.self_cpu_time_total, event) for event in events]
-    total = sum(microseconds for microseconds, _ in times)
-    times = sorted(times, key=lambda pair: pair[0], reverse=True)[:MOST_KERNELS]
+    times: dict[str, list[float]] = {}
+    for key, microseconds in kernels or [(event.key, event.self_cpu_time_total) for event in events]:
+        times.setdefault(key, []).append(microseconds)
+    total = sum(map(sum, times.values()))
+    longest = sorted(times.items(), key=lambda pair: sum(pair[1]), reverse=True)[:MOST_KERNELS]
     return {
         "on": "device" if kernels else "processor",
         "total_ms": total / steps / 1000,
         "kernels": [
             {
-                "name": event.key,
-                "calls": event.count / steps,
-                "ms": microseconds / steps / 1000,
-                "share": microseconds / total,
+                "name": key,
+                "calls": len(calls) / steps,
+                "ms": sum(calls) / steps / 1000,
+                "share": sum(calls) / total,
             }
-            for microseconds, event in times
-            if microseconds
+            for key, calls in longest
+            if sum(calls)
         ],
     }

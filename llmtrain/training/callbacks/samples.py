@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from llmtrain.config import Config, UserError
+from llmtrain.training.callbacks.base import Callback
 from llmtrain.training.run_directory import write_atomically
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class SampleConfig(Config):
     temperature: Annotated[float, Field(ge=0)]
 
 
-class SampleCallback:
+class SampleCallback(Callback):
     """Writes samples/step_XXXXXXXX.txt every `every` steps and after the last one, which is also logged."""
 
     def __init__(self, config: SampleConfig) -> None:
@@ -45,9 +46,6 @@ class SampleCallback:
         every = self._config.every
         last = step >= run.config.max_steps
         return bool(self._config.prompts) and (last or (every > 0 and step % every == 0))
-
-    def load(self, run: Run, step: int) -> None:
-        """It reads no text of the sources."""
 
     def after_step(self, run: Run, line: dict[str, Any]) -> None:
         step = run.step

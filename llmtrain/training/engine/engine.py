@@ -191,6 +191,10 @@ class Engine:
         if self._stage > 0:
             self.deepspeed.step()
             norm, applied = self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied()
+            if self._stage == 2 and self.deepspeed.zero_cpu_offload() and not applied:
+                # DeepSpeed 0.19.8 keeps these where the optimizer is offloaded: NaN would stay for ever.
+                optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+                optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
             return self._scalar(norm), self._scalar(applied)
         # The raw torch optimizer of stage 0 has no guard: a single NaN would stay in the weights for ever.
         gradients = [p.grad for p in self._parameters if p.grad is not None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtrain.config import UserError
+from llmtrain.distributed import fast_bf16_cpu
 from llmtrain.optim.muon import MuonConfig
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.config import OffloadConfig, ResolvedPrecision, ZeroConfig
@@ -19,6 +20,9 @@ GIB = 2**30
 
 OPTIONS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 """The files of conf/deepspeed/ that are compared."""
+
+WHOLE_GRADIENTS = "deepspeed.zero_optimization.reduce_scatter=false"
+"""What Muon needs under ZeRO-3."""
 
 CLOSE = 0.02
 """Differences in time that the model cannot tell: it was within a few percent of tuned runs."""
@@ -40,7 +44,9 @@ class Way:
         """What to write on the command line."""
         recompute = str(self.layout.recompute).lower()
         rows = self.layout.rows
-        return f"deepspeed={self.option} micro_batch_size={rows} activation_checkpointing={recompute}"
+        said = f"deepspeed={self.option} micro_batch_size={rows} activation_checkpointing={recompute}"
+        whole = "" if self.layout.zero.reduce_scatter else f" {WHOLE_GRADIENTS}"
+        return said + whole
 
     def as_dict(self) -> dict[str, Any]:
         """For plan.json."""
@@ -67,8 +73,12 @@ class Sizing:
     headroom: float
     """GiB of a device that are left free."""
     configured: Way
+    refused: str | None
+    """Why a run as configured would not start; its time is then None."""
     ways: tuple[Way, ...]
     """For every option and with or without recomputation, all micro-batches."""
+    uncounted: tuple[str, ...]
+    """What of the config changes the time of a step, and the model of time does not know."""
 
     @property
     def best(self) -> list[Way]:
@@ -82,6 +92,11 @@ class Sizing:
             if way.fits or (way.fits is None and asked) or key not in chosen:
                 chosen[key] = way
         return list(chosen.values())
+
+    @property
+    def simplest(self) -> Way | None:
+        """The first of OPTIONS that fits, without recomputation if it does, at its largest micro-batch."""
+        return next((way for way in self.best if way.fits), None)
 
     @property
     def cheapest(self) -> Way | None:
@@ -104,6 +119,7 @@ class Sizing:
             "hardware": self.hardware.model_dump(),
             "gpus": self.ranks,
             "headroom_gib": self.headroom,
+            "times_without": self.uncounted,
             "parameters": model.parameters,
             "embedding_parameters": model.embedding_parameters,
             "flops_per_token": model.flops_per_token(causal=False),
@@ -136,7 +152,16 @@ def size(
             f"gpus={ranks} does not divide global_batch_size={config.global_batch_size}: change one"
         )
     model = Model.of(config, vocab_size)
-    layout = Layout.of(config, ranks, resolved(config, config.deepspeed.zero_optimization))
+    on_cpu = hardware.name == "cpu"
+    layout = Layout.of(config, ranks, resolved(config, config.deepspeed.zero_optimization, on_cpu))
+    if on_cpu:
+        layout = replace(layout, compiled=config.compile is True)
+    refused = None
+    if config.global_batch_size % (ranks * config.micro_batch_size):
+        refused = (
+            f"global_batch_size={config.global_batch_size} is not a multiple of {ranks} devices x "
+            f"micro_batch_size={config.micro_batch_size}"
+        )
 
     def way(option: str, layout: Layout) -> Way:
         needed = memory(model, layout)
@@ -145,27 +170,50 @@ def size(
             fits = needed.total <= (hardware.memory_gib - headroom) * GIB
         return Way(option, layout, needed, step_time(model, layout, hardware), fits)
 
+    configured = way("as configured", layout)
     return Sizing(
         model=model,
         hardware=hardware,
         ranks=ranks,
         headroom=headroom,
-        configured=way("as configured", layout),
-        ways=tuple(way(option, layout) for option, layout in layouts(config, layout)),
+        configured=replace(configured, time=None) if refused else configured,
+        refused=refused,
+        ways=tuple(way(option, layout) for option, layout in layouts(config, layout, on_cpu)),
+        uncounted=uncounted(config),
     )
 
 
-def layouts(config: TrainConfig, given: Layout) -> Iterator[tuple[str, Layout]]:
+def uncounted(config: TrainConfig) -> tuple[str, ...]:
+    """Choices whose time is not that of AdamW and bf16 products, which is what step_time counts."""
+    optimizer = getattr(config.optimizer, "kind", type(config.optimizer).__name__)
+    choices = {f"optimizer={optimizer}": optimizer != "adamw", f"fp8={config.fp8}": config.fp8}
+    return tuple(choice for choice, other in choices.items() if other)
+
+
+def layouts(config: TrainConfig, given: Layout, on_cpu: bool = False) -> Iterator[tuple[str, Layout]]:
     """All that are compared, micro-batches rising: those that divide a rank's rows of the global batch."""
     rows = config.global_batch_size // given.ranks
     for option in OPTIONS:
         zero = with_option(given.zero, option)
-        if zero.stage == 0 and (config.precision == "bf16" or isinstance(config.optimizer, MuonConfig)):
-            continue  # TrainConfig refuses it
+        if zero.stage == 3 and isinstance(config.optimizer, MuonConfig):
+            zero = zero.model_copy(update={"reduce_scatter": False})
         for recompute in (False, True):
-            layout = replace(given, zero=zero, precision=resolved(config, zero), recompute=recompute)
+            if not runs(config, zero, recompute):
+                continue
+            layout = replace(given, zero=zero, precision=resolved(config, zero, on_cpu), recompute=recompute)
             for micro in (size for size in range(1, rows + 1) if rows % size == 0):
                 yield option, replace(layout, rows=micro, accumulation=rows // micro)
+
+
+def runs(config: TrainConfig, zero: ZeroConfig, recompute: bool) -> bool:
+    """Whether the config with this section takes itself for one that trains right."""
+    deepspeed = config.deepspeed.model_copy(update={"zero_optimization": zero})
+    changed = config.model_copy(update={"deepspeed": deepspeed, "activation_checkpointing": recompute})
+    try:
+        changed.check()
+    except ValueError:
+        return False
+    return True
 
 
 def with_option(zero: ZeroConfig, option: str) -> ZeroConfig:
@@ -179,13 +227,17 @@ def with_option(zero: ZeroConfig, option: str) -> ZeroConfig:
         update={
             "stage": stage,
             "overlap_comm": stage >= 2,
+            "round_robin_gradients": option == "zero2_offload",
             "offload_optimizer": place(zero.offload_optimizer, offload),
             "offload_param": place(zero.offload_param, offload and stage == 3),
         }
     )
 
 
-def resolved(config: TrainConfig, zero: ZeroConfig) -> ResolvedPrecision:
-    """The precision that a GPU would run with this section."""
+def resolved(config: TrainConfig, zero: ZeroConfig, on_cpu: bool = False) -> ResolvedPrecision:
+    """The precision that a GPU, or a processor like this one, would run with this section."""
     deepspeed = config.deepspeed.model_copy(update={"zero_optimization": zero})
-    return deepspeed.resolve_precision(config.precision, "cuda", False, config.optimizer.fp32_weights)
+    device = "cpu" if on_cpu else "cuda"
+    return deepspeed.resolve_precision(
+        config.precision, device, fast_bf16_cpu(), config.optimizer.fp32_weights
+    )

@@ -29,11 +29,13 @@ The peak is the larger of two moments, each on top of that:
     step:            all gradients, and the copies that the reduction and the step make of them
 
 In between gradients grow as activations go, both about linearly, so nothing there is higher. Attention is
-taken to be fused: no scores and no masks.
+taken to be fused: no scores, and a mask under sdpa alone. What a kernel's backward pass holds for a while is
+not counted (flash: 4 N H D of one block).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -66,6 +68,8 @@ class Layout:
     zero: ZeroConfig
     recompute: bool
     compiled: bool
+    documents: bool
+    """Whether attention keeps documents apart."""
 
     @classmethod
     def of(cls, config: TrainConfig, ranks: int, precision: ResolvedPrecision) -> Layout:
@@ -78,6 +82,7 @@ class Layout:
             zero=config.deepspeed.zero_optimization,
             recompute=config.activation_checkpointing,
             compiled=config.compile is not False,
+            documents=config.data.documents == "separate",
         )
 
     @property
@@ -176,17 +181,26 @@ def keeps_whole(group: Group, layout: Layout) -> bool:
 
 def held(group: Group, layout: Layout) -> int:
     """Elements of a group that a rank of stages 1 and 2 steps on: its part; the most of all ranks."""
-    part = padded_flat(group.sizes, layout) // layout.ranks
-    if not keeps_whole(group, layout):
-        return part
-    most = 0
-    for start in range(0, part * layout.ranks, part):
-        ends = accumulate(group.sizes)
-        touched = (
-            s for s, end in zip(group.sizes, ends, strict=True) if end > start and end - s < start + part
-        )
-        most = max(most, sum(touched))
-    return most
+    return max(touched(group, layout)) if keeps_whole(group, layout) else part_of(group, layout)
+
+
+def part_of(group: Group, layout: Layout) -> int:
+    """Elements of a rank's part of a group's flat buffer."""
+    return padded_flat(group.sizes, layout) // layout.ranks
+
+
+def touched(group: Group, layout: Layout) -> list[int]:
+    """For each rank the elements of all parameters of a group that it has a part of, each whole.
+
+    A table that is a group of its own is touched by every rank.
+    """
+    begins, part = [0, *accumulate(group.sizes)], part_of(group, layout)
+    starts = [min(rank * part, begins[-1]) for rank in range(layout.ranks)]
+    ends = [min(start + part, begins[-1]) for start in starts]
+    return [
+        begins[bisect_left(begins, end)] - begins[bisect_right(begins, start) - 1]
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def padded_flat(sizes: tuple[int, ...], layout: Layout) -> int:
@@ -253,7 +267,19 @@ def activations(model: Model, layout: Layout) -> int:
     kept = blocks * saved_by_block(model, layout) + config.n_layers * r * config.d_model * layout.recompute
     last = (r + c) * config.d_model + (4 if config.norm == "rmsnorm" else 8)
     casts = c * blocks * model.block_matrices if w != c else 0
-    return tokens * (kept + last) + casts
+    return tokens * (kept + last) + casts + mask(model, layout)
+
+
+def mask(model: Model, layout: Layout) -> int:
+    """Bytes of the mask that sdpa is given, one for all blocks: c a score of a row, or of a head under ALiBi.
+
+    0 under other kernels. Which one `auto` takes is known on the device only: there one without a mask.
+    """
+    config, slopes = model.config, model.config.position.has_slopes
+    if config.attention.backend != "sdpa" or not (slopes or layout.documents):
+        return 0
+    matrices = (layout.rows if layout.documents else 1) * (config.n_heads if slopes else 1)
+    return WIDTHS[layout.precision][1] * matrices * model.decoder.seq_len**2
 
 
 def head(model: Model, layout: Layout) -> int:
@@ -274,13 +300,13 @@ def gathered(model: Model, layout: Layout) -> int:
     """Bytes of weights that stage 3 has whole at a time.
 
     DeepSpeed keeps what is used again within max_reuse_distance, up to max_live_parameters, and gathers
-    prefetch_bucket_size ahead; never less than the largest module that is called: a table or a matrix.
+    prefetch_bucket_size ahead; never less than what it gathers at once: a table, or a block, which is a leaf.
     """
     if layout.stage < 3 or layout.ranks == 1:
         return 0
-    zero, largest = layout.zero, model.largest
+    zero, at_once = layout.zero, max(model.largest, model.block_elements)
     live = min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
-    whole = min(model.elements, max(live, largest + zero.stage3_prefetch_bucket_size))
+    whole = min(model.elements, max(live, at_once + zero.stage3_prefetch_bucket_size))
     return max(0, WIDTHS[layout.precision][0] * whole - persisted(model, layout))
 
 
@@ -325,8 +351,11 @@ def _passing(model: Model, layout: Layout) -> _Passing:
         return _Passing(w * whole, 0, buckets + 2 * part)
     if layout.stage == 2 and layout.offloads_optimizer:
         return _Passing(0, buckets + w * largest, 0)
-    if layout.stage == 2:  # means in fp32 beside bf16 weights are flat already
-        return _Passing(part, buckets + w * largest, 0 if layout.precision == "bf16" else part)
+    if layout.stage == 2 and layout.precision == "bf16":  # means in fp32 beside bf16 weights are flat already
+        return _Passing(part, buckets + w * largest, 0)
+    if layout.stage == 2:  # DeepSpeed's grads_in_partition, again for the last micro-batch or as a flat copy
+        kept = 4 * max(map(sum, zip(*(touched(group, layout) for group in model.groups), strict=True)))
+        return _Passing(kept, buckets + w * largest, kept)
     return _Passing(0, w * largest, w * largest)
 
 

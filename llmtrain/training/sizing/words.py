@@ -42,8 +42,14 @@ def _row(way: Way, tokens: int, sizing: Sizing) -> list[str]:
         *(_gib(part) for part in parts),
         short(way.time.tokens_per_second) if way.time else "?",
         "?" if days is None else f"{days:.3g}",
-        "x" if way.fits is False else "*" if way == sizing.cheapest else "",
+        _mark(way, sizing),
     ]
+
+
+def _mark(way: Way, sizing: Sizing) -> str:
+    if way is sizing.configured and sizing.refused:
+        return "!"
+    return "x" if way.fits is False else "*" if way == sizing.cheapest else ""
 
 
 def _gib(size: int) -> str:
@@ -58,20 +64,37 @@ def remarks(sizing: Sizing, tokens: int) -> list[str]:
         f"{short(model.flops_per_token(causal=False))} FLOPs a token "
         f"({short(model.flops_per_token(causal=True))} with the causal half of attention only)",
         f"{checkpoint_bytes(model, sizing.configured.layout) / GIB:.2f} GiB a checkpoint",
-        "memory by part as it is at the peak: where backward begins, or where gradients are reduced",
+        "memory by part as it is at the peak: where backward begins, or where gradients are reduced; * the "
+        "cheapest way, x does not fit, ! needs a change",
     ]
     if hardware.memory_gib is None:
-        lines.append(f"memory of hardware={hardware.name} is not known: name one, as hardware=h100_80gb")
+        way = "" if hardware.name == "cpu" else "name one, as hardware=h100_80gb, or "
+        lines.append(f"memory of hardware={hardware.name} is not known: {way}set hardware.memory_gib")
+    if sizing.refused:
+        lines.append(f"! as configured it does not start: {sizing.refused}")
     elif sizing.configured.fits is False:
         lines.append("! as configured it does not fit")
-    if sizing.configured.time is None:
+    if not any(way.time for way in sizing.ways):
         reason = f"hardware={hardware.name} has no {', '.join(hardware.unknown)}" if hardware.unknown else ""
-        return [*lines, f"no time predicted: {reason or 'the rates are those of bf16, and precision=fp32'}"]
-    lines.append(f"as configured: {_cost(sizing.configured, tokens)}")
+        lines.append(f"no time predicted: {reason or 'the rates are those of bf16, and precision=fp32'}")
+        return [*lines, *_fitting(sizing)]
+    if sizing.uncounted:
+        lines.append(f"times are those of AdamW in bf16, not of {' and '.join(sizing.uncounted)}")
+    if sizing.configured.time:
+        lines.append(f"as configured: {_cost(sizing.configured, tokens)}")
     cheapest = sizing.cheapest
     if cheapest is None:
-        return [*lines, "! no way fits: more gpus, or a smaller model"]
+        return [*lines, *_fitting(sizing)]
     return [*lines, f"cheapest that fits: {_cost(cheapest, tokens)}: {cheapest.overrides}"]
+
+
+def _fitting(sizing: Sizing) -> list[str]:
+    """What can be told of memory where no time is known; nothing where the device's is not."""
+    if sizing.hardware.memory_gib is None:
+        return []
+    if sizing.simplest is None:
+        return ["! no way fits: more gpus, or a smaller model"]
+    return [f"least sharded that fits: {sizing.simplest.overrides}"]
 
 
 def _cost(way: Way, tokens: int) -> str:
