@@ -149,7 +149,7 @@ def test_the_cost_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     table = {(row[0], row[1]): row for row in rows(out)[len(GPT3) :]}
     assert len(table) == 1 + 6 * 2
     assert table["zero0", "no"][-1] == table["zero0", "yes"][-1] == "x"
-    assert [row[0] for row in table.values() if row[-1] == "*"] == ["zero3"]  # it has room for more rows than zero2
+    assert [row[0] for row in table.values() if row[-1] == "*"] == ["zero3"]  # more rows fit
     assert "6,887,976,960 parameters, 411,705,344 of them in embedding tables" in out
     said = json.loads((tmp_path / "plan.json").read_text())["sizing"]
     overrides = re.search(r"^cheapest that fits: .*: (deepspeed=.*)$", out, re.M)

@@ -104,14 +104,14 @@ def test_a_model_that_does_not_fit_is_not_compared(ranks, tiny, tmp_path, capsys
 
 
 def test_a_difference_that_no_rounding_explains_is_a_warning(ranks, tiny, tmp_path, monkeypatch, caplog):
-    from llmtrain.model.huggingface import checking
+    from llmtrain.training import exporting
 
     ranks.run([*tiny, "max_steps=1"], 1, tmp_path)
-    run, there = str(tmp_path / "run"), checking.logits_there
+    run, there = str(tmp_path / "run"), exporting.logits_there
     assert export_main([run, f"{tmp_path}/right"]) == 0
     assert "tokenizer=bytes: transformers has no such tokenizer" in caplog.text
     assert "which rounding does not explain" not in caplog.text
-    monkeypatch.setattr(checking, "logits_there", lambda *inputs: there(*inputs) + 0.002)
+    monkeypatch.setattr(exporting, "logits_there", lambda *inputs: there(*inputs) + 0.002)
     assert export_main([run, f"{tmp_path}/bf16", "--dtype", "bf16"]) == 0
     assert "which rounding does not explain" not in caplog.text
     assert export_main([run, f"{tmp_path}/wrong"]) == 0
@@ -146,7 +146,7 @@ def test_an_existing_directory_is_not_written_into(ranks, tiny, tmp_path, capsys
 def test_what_ends_the_comparison_leaves_a_whole_export(ranks, tiny, tmp_path, monkeypatch):
     """A model that is too large for the GPU, and for which memory then ends."""
     from llmtrain.model import Decoder
-    from llmtrain.model.huggingface import checking
+    from llmtrain.training import exporting
 
     ranks.run([*tiny, "max_steps=1"], 1, tmp_path)
     run, output = str(tmp_path / "run"), tmp_path / "exported"
@@ -161,7 +161,7 @@ def test_what_ends_the_comparison_leaves_a_whole_export(ranks, tiny, tmp_path, m
     def ends(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(checking, "logits_there", ends)
+    monkeypatch.setattr(exporting, "logits_there", ends)
     with pytest.raises(MemoryError):
         export_main([run, str(output)])
     compared = {path.name for path in (tmp_path / "exported-compared").iterdir()}
