@@ -140,7 +140,7 @@ def test_names_stay_and_hooks_on_a_block_run_outside() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_train_alike_with_inductor(ranks: Any, tiny: list[str], tmp_path: Path, stage: int) -> None:
     """ZeRO-3 gathers a block from hooks around it: its graph stays whole there too."""
     losses = {}
