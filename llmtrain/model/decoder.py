@@ -5,20 +5,20 @@ Letters: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config import Config, choice
 from llmtrain.model.attention import Attention, Context
 from llmtrain.model.documents import Documents
-from llmtrain.model.feed_forward import FeedForwardKind, build_feed_forward
+from llmtrain.model.feed_forward import GATED, FeedForwardKind, build_feed_forward
 from llmtrain.model.init import initialize_parameters
 from llmtrain.model.kernels import AttentionConfig, Kernel, Shape, Use
 from llmtrain.model.layers import Embedding, compute_dtype
@@ -54,7 +54,7 @@ class DecoderConfig(Config):
     head_dim: PositiveInt | None
     """Width of a head; null is d_model / n_heads."""
     d_ff: PositiveInt
-    """Inner width of the feed-forward part."""
+    """Inner width of the feed-forward part; null: about 8 d_model^2 weights, however many matrices it has."""
     norm: NormKind
     """Normalisation before each part and before the head."""
     norm_eps: PositiveFloat
@@ -75,6 +75,17 @@ class DecoderConfig(Config):
     """How the model knows where a token stands."""
     attention: AttentionConfig
     """How attention is computed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _widens_the_feed_forward(cls, value: Any) -> Any:
+        """4 d_model with two matrices; 8/3 d_model with three (Shazeer 2020), rounded up to 256."""
+        if not isinstance(value, Mapping) or value.get("d_ff", 0) is not None:
+            return value
+        width, gated = value.get("d_model"), value.get("feed_forward") in GATED
+        if not isinstance(width, int):
+            return value
+        return {**value, "d_ff": -(-8 * width // 768) * 256 if gated else 4 * width}
 
     @field_validator("n_kv_heads")
     @classmethod

@@ -178,3 +178,10 @@ def test_the_model_imports_torch_and_pydantic_only() -> None:
 
 def test_auto_is_sdpa_here() -> None:
     assert decoder(attention={"backend": "auto"}).kernel is sdpa.KERNEL
+
+
+@pytest.mark.parametrize(
+    ("d_model", "kind", "width"), [(100, "swiglu", 512), (96, "geglu", 256), (100, "gelu", 400)]
+)
+def test_no_d_ff_is_as_wide_as_its_kind_asks(d_model: int, kind: str, width: int) -> None:
+    assert config(d_model=d_model, n_heads=2, n_kv_heads=1, d_ff=None, feed_forward=kind).d_ff == width

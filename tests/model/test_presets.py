@@ -20,6 +20,7 @@ CONF = Path(llmtrain.__file__).parent.parent / "conf" / "model"
 SHAPES = {  # billions of parameters that the name promises, with GPT-2's vocabulary of 50,257
     "124m": 0.124, "350m": 0.35, "760m": 0.76, "1_3b": 1.3, "3b": 3, "7b": 7, "13b": 13, "30b": 30, "70b": 70,
 }  # fmt: skip
+FAMILIES = ("falcon", "mpt", "bloom")
 REAL: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     # preset: vocabulary, parameters as its card says, transformers' class, its config
     "falcon_7b": (65024, 6_921_720_704, "Falcon", {
@@ -101,7 +102,28 @@ def test_a_real_model_against_its_card_and_transformers(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_in_every_size_against_a_hand_count(name: str, family: str) -> None:
+    """Their blocks have two matrices of 4 d_model, about as many weights as three of 8/3."""
+    keys = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    d, layers, vocab_size = keys["d_model"], keys["n_layers"], 50257
+    kv = 1 if family == "falcon" else keys["n_kv_heads"]
+    qkv, inner = d + 2 * kv * d // keys["n_heads"], 4 * d
+    matrices = d * qkv + d * d + 2 * d * inner
+    norm, norms = {"falcon": (2 * d, 1), "mpt": (d, 2), "bloom": (2 * d, 2)}[family]
+    biases = qkv + d + inner + d if family == "bloom" else 0
+    embedding_norm = norm if family == "bloom" else 0
+    tables = (1 if keys.get("tie_embeddings", True) else 2) * vocab_size * d
+    expected = layers * (matrices + biases + norms * norm) + norm + embedding_norm + tables
+    shape = compose(TrainConfig, [f"model={name}", f"model/family={family}"]).model
+    with torch.device("meta"):
+        assert shape.assemble(vocab_size=vocab_size, seq_len=2048).parameter_count == expected
+    assert shape.position.kind == ("alibi" if family in ("mpt", "bloom") else "rope")
+
+
 def test_every_preset_and_part_is_tried() -> None:
+    assert {path.stem for path in CONF.glob("family/*.yaml")} == set(FAMILIES)
     assert {path.stem for path in CONF.glob("*.yaml")} == {"base", "tiny", *SHAPES, *REAL}
     for path in CONF.glob("position/*.yaml"):
         assert config(position=yaml.safe_load(path.read_text())).position.kind == path.stem
