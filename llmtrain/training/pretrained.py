@@ -60,9 +60,9 @@ def _shape_of_directory(value: Mapping[str, Any]) -> tuple[dict[str, Any], Path]
 def _contradictions(
     model: Mapping[str, Any], shape: Mapping[str, Any], source: Path, given: Mapping[str, str]
 ) -> Iterator[str]:
-    """A line for each word of the command line; `model=7b` gives every key of the shape."""
+    """A line for each word of the command line; `model=7b` and `model/family=mpt` give a whole shape."""
     for word, text in sorted(given.items()):
-        group, *path = word.replace("/", ".").split(".")
+        group, *path = word.removesuffix("/family").replace("/", ".").split(".")
         if group != "model" or (path and path[0] not in shape):
             continue
         if path:

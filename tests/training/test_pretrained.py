@@ -145,6 +145,10 @@ def test_the_shape_is_the_directorys_whatever_the_default_preset_says(directorie
         (["model.position.theta=1e4"], ["model.position.theta=10000.0: DIR has 500.0; "]),
         (["model.position={kind: alibi}"], ["model.position={'kind': 'alibi', "]),
         (
+            ["model/family=mpt"],
+            ["model/family=mpt: DIR has another shape; leave model/family=mpt or model.init_from out"],
+        ),
+        (
             ["model/position=alibi"],
             ["model/position=alibi: DIR has another position; leave model/position=alibi or model."],
         ),
