@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,17 @@ from tests.ranks import RankServer
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """A test that joins a process group leaves it, and no name of it in the environment of the next one."""
+    before = dict(os.environ)
+    yield
+    if "llmtrain.distributed" in sys.modules and "torch.distributed" in sys.modules:
+        sys.modules["llmtrain.distributed"].finalize()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
