@@ -18,11 +18,16 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
-    """A test that joins a process group leaves it, and no name of it in the environment of the next one."""
+    """A test that joins a process group leaves it, and nothing of DeepSpeed's to the next one.
+
+    That is names in the environment, and the linear layer that ZeRO-3 exchanges in torch for good.
+    """
     before = dict(os.environ)
     yield
     if "llmtrain.distributed" in sys.modules and "torch.distributed" in sys.modules:
         sys.modules["llmtrain.distributed"].finalize()
+        torch = sys.modules["torch"]
+        torch.nn.functional.linear = torch._C._nn.linear
     os.environ.clear()
     os.environ.update(before)
 
