@@ -180,7 +180,7 @@ def test_deepspeed_is_not_imported_for_a_plan(tmp_path: Path) -> None:
     code = (
         "import sys; from llmtrain.plan import main; "
         f"main(['data=gpt3', 'model=70b', 'output_dir={tmp_path}', 'hardware=h200', 'gpus=64']); "
-        "most = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); "  # ru_maxrss is inherited
+        "most = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); "  # exec keeps ru_maxrss
         "print([name for name in ('deepspeed', 'transformers') if name in sys.modules], "
         "most < 2**20)"
     )
