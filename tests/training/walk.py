@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from llmtrain.training.build import build_model_engine
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.sizing.memory import Layout, checkpoint_bytes, memory, state
 from llmtrain.training.sizing.model import Model
+
+GLOO_SECONDS = 0.2
+"""After a collective is done, in which gloo's own thread lets go of the tensor that it reduced."""
 
 SCALAR = 64
 """Bytes below which a tensor is a counter or a flag."""
@@ -101,6 +105,7 @@ def walk(world: World, directory: Path, cases: list[str]) -> Iterator[dict[str, 
         }
         engine.deepspeed.train()
         engine.deepspeed.backward(engine._forward(data.split(2)[0]).total, scale_wrt_gas=False)
+        time.sleep(GLOO_SECONDS)
         gradients = found() - between_steps
         engine.save(directory / option / precision)
         engine.close()
