@@ -31,6 +31,10 @@ class ExitCode(IntEnum):
     """A signal asked to stop; a checkpoint is written and the run can go on."""
     HANG = 86
     NON_FINITE = 87
+    CORRUPTION = 88
+    """Ranks that should hold or compute the same do not."""
+    REWIND = 89
+    """A loss spike is to be rewound: the same command, started again, goes on before it."""
 
 
 class UserError(Exception):
