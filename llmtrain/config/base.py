@@ -85,6 +85,11 @@ def kind_of(cls: type[Config]) -> str:
     return cls.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
 
 
+def label(config: Config) -> str:
+    """The `kind` that was chosen; of a third party's, which has none, the name of the class."""
+    return getattr(config, "kind", type(config).__name__)
+
+
 def target_class(base: type[Config], target: str) -> type[Config]:
     """The subclass of `base` that `target`, a dotted import path, names; ValueError if it names none."""
     try:

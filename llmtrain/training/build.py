@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmtrain import distributed
-from llmtrain.config import UserError
+from llmtrain.config import UserError, label
 from llmtrain.data.config import DataConfig
 from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.mixture import Stage, Weight, weights_from_epochs
@@ -246,7 +246,7 @@ def describe_run(
         "world_size": world.world_size,
         "stage": config.deepspeed.stage,
         "precision": precision,
-        "optimizer": getattr(config.optimizer, "kind", type(config.optimizer).__name__),
+        "optimizer": label(config.optimizer),
         "tokenizer": tokenizer.fingerprint,
         "model": config.model.model_dump(mode="json", exclude={"init_from"}),
     }
@@ -287,18 +287,20 @@ def mixture_weights(data: DataConfig, sources: Mapping[str, ShardedSource]) -> M
     return {name: source.weight for name, source in data.sources.items() if source.weight is not None}
 
 
+def device_here() -> str:
+    """What this machine's ranks compute on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def precision_here(config: TrainConfig) -> ResolvedPrecision:
     """The run's precision on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return config.deepspeed.resolve_precision(
-        config.precision, device, distributed.fast_bf16_cpu(), config.optimizer.fp32_weights
-    )
+    return config.precision_on(device_here())
 
 
 def attention_use(config: TrainConfig, precision: ResolvedPrecision) -> Use:
     """What attention is used for in this run, on this machine."""
     return Use(
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device_here(),
         dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         documents=config.data.documents == "separate",
     )

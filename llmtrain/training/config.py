@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from llmtrain.config import Config, choice
 from llmtrain.data.config import DataConfig
+from llmtrain.distributed import fast_bf16_cpu
 from llmtrain.model import DecoderConfig
 from llmtrain.model.fp8 import MULTIPLE, Fp8Recipe
 from llmtrain.optim.adamw import AdamWConfig
@@ -28,7 +29,7 @@ from llmtrain.training.callbacks.evaluation import EvaluationConfig
 from llmtrain.training.callbacks.profile import ProfileConfig
 from llmtrain.training.callbacks.samples import SampleConfig
 from llmtrain.training.checkpoint import CheckpointConfig
-from llmtrain.training.engine.config import DeepSpeedConfig, Precision
+from llmtrain.training.engine.config import DeepSpeedConfig, Precision, ResolvedPrecision
 from llmtrain.training.engine.optimizers import check_muon
 from llmtrain.training.loggers import LoggerConfig
 from llmtrain.training.sizing.hardware import HardwareConfig
@@ -86,6 +87,12 @@ class TrainConfig(Config):
         from llmtrain.training.pretrained import with_shape
 
         return with_shape(value, given)
+
+    def precision_on(self, device: str) -> ResolvedPrecision:
+        """What `precision` means on "cuda", or on a processor like this one."""
+        return self.deepspeed.resolve_precision(
+            self.precision, device, fast_bf16_cpu(), self.optimizer.fp32_weights
+        )
 
     @model_validator(mode="after")
     def _runs_right(self) -> Self:

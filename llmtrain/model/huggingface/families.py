@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llmtrain.config import UserError
+from llmtrain.config import UserError, label
 from llmtrain.model.decoder import DecoderConfig
 
 Names = Mapping[str, str]
@@ -164,7 +164,7 @@ class Family:
 def options_of(config: DecoderConfig) -> dict[str, Any]:
     """The choices of a config, by key."""
     position = config.position
-    kind = getattr(position, "kind", type(position).__name__)
+    kind = label(position)
     chosen = {key: getattr(config, key) for key in CHOICES}
     scaled = {"position.scaled": position.scaled} if kind == "alibi" else {}
     return {"position": kind, **scaled, **chosen}

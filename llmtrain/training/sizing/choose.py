@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmtrain.config import UserError
-from llmtrain.distributed import fast_bf16_cpu
+from llmtrain.config import UserError, label
 from llmtrain.optim.muon import MuonConfig
 from llmtrain.training.config import TrainConfig
-from llmtrain.training.engine.config import OffloadConfig, ResolvedPrecision, ZeroConfig
+from llmtrain.training.engine.config import OffloadConfig, ZeroConfig
 from llmtrain.training.sizing.hardware import HardwareConfig
 from llmtrain.training.sizing.memory import Layout, Memory, checkpoint_bytes, memory
 from llmtrain.training.sizing.model import Model
@@ -153,7 +152,8 @@ def size(
         )
     model = Model.of(config, vocab_size)
     on_cpu = hardware.name == "cpu"
-    layout = Layout.of(config, ranks, resolved(config, config.deepspeed.zero_optimization, on_cpu))
+    device = "cpu" if on_cpu else "cuda"
+    layout = Layout.of(config, ranks, config.precision_on(device))
     if on_cpu:
         layout = replace(layout, compiled=config.compile is True)
     refused = None
@@ -178,19 +178,19 @@ def size(
         headroom=headroom,
         configured=replace(configured, time=None) if refused else configured,
         refused=refused,
-        ways=tuple(way(option, layout) for option, layout in layouts(config, layout, on_cpu)),
+        ways=tuple(way(option, layout) for option, layout in layouts(config, layout, device)),
         uncounted=uncounted(config),
     )
 
 
 def uncounted(config: TrainConfig) -> tuple[str, ...]:
     """Choices whose time is not that of AdamW and bf16 products, which is what step_time counts."""
-    optimizer = getattr(config.optimizer, "kind", type(config.optimizer).__name__)
+    optimizer = label(config.optimizer)
     choices = {f"optimizer={optimizer}": optimizer != "adamw", f"fp8={config.fp8}": config.fp8}
     return tuple(choice for choice, other in choices.items() if other)
 
 
-def layouts(config: TrainConfig, given: Layout, on_cpu: bool = False) -> Iterator[tuple[str, Layout]]:
+def layouts(config: TrainConfig, given: Layout, device: str) -> Iterator[tuple[str, Layout]]:
     """All that are compared, micro-batches rising: those that divide a rank's rows of the global batch."""
     rows = config.global_batch_size // given.ranks
     for option in OPTIONS:
@@ -198,19 +198,24 @@ def layouts(config: TrainConfig, given: Layout, on_cpu: bool = False) -> Iterato
         if zero.stage == 3 and isinstance(config.optimizer, MuonConfig):
             zero = zero.model_copy(update={"reduce_scatter": False})
         for recompute in (False, True):
-            if not runs(config, zero, recompute):
+            changed = with_section(config, zero, recompute)
+            if not trains_right(changed):
                 continue
-            layout = replace(given, zero=zero, precision=resolved(config, zero, on_cpu), recompute=recompute)
+            layout = replace(given, zero=zero, precision=changed.precision_on(device), recompute=recompute)
             for micro in (size for size in range(1, rows + 1) if rows % size == 0):
                 yield option, replace(layout, rows=micro, accumulation=rows // micro)
 
 
-def runs(config: TrainConfig, zero: ZeroConfig, recompute: bool) -> bool:
-    """Whether the config with this section takes itself for one that trains right."""
+def with_section(config: TrainConfig, zero: ZeroConfig, recompute: bool) -> TrainConfig:
+    """The config with another section of DeepSpeed's, not checked."""
     deepspeed = config.deepspeed.model_copy(update={"zero_optimization": zero})
-    changed = config.model_copy(update={"deepspeed": deepspeed, "activation_checkpointing": recompute})
+    return config.model_copy(update={"deepspeed": deepspeed, "activation_checkpointing": recompute})
+
+
+def trains_right(config: TrainConfig) -> bool:
+    """Whether the config takes itself for one that does."""
     try:
-        changed.check()
+        config.check()
     except ValueError:
         return False
     return True
@@ -231,13 +236,4 @@ def with_option(zero: ZeroConfig, option: str) -> ZeroConfig:
             "offload_optimizer": place(zero.offload_optimizer, offload),
             "offload_param": place(zero.offload_param, offload and stage == 3),
         }
-    )
-
-
-def resolved(config: TrainConfig, zero: ZeroConfig, on_cpu: bool = False) -> ResolvedPrecision:
-    """The precision that a GPU, or a processor like this one, would run with this section."""
-    deepspeed = config.deepspeed.model_copy(update={"zero_optimization": zero})
-    device = "cpu" if on_cpu else "cuda"
-    return deepspeed.resolve_precision(
-        config.precision, device, fast_bf16_cpu(), config.optimizer.fp32_weights
     )
