@@ -35,6 +35,7 @@ from llmtrain.training.clock import StepClock
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.config import ResolvedPrecision
 from llmtrain.training.engine.engine import Engine, build_engine
+from llmtrain.training.heartbeat import Heart
 from llmtrain.training.loggers import Logger
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.signals import StopRequest
@@ -63,6 +64,7 @@ class Run:
     """What the run goes on from."""
     stop: StopRequest
     clock: StepClock
+    heart: Heart
     step: int = 0
     skipped: int = 0
     """Steps in a row that were not applied."""
@@ -143,11 +145,19 @@ def open_run(config: TrainConfig, world: World) -> RunDirectory:
     return directory
 
 
-def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepared: Prepared) -> Run:
+def build_run(
+    config: TrainConfig,
+    world: World,
+    directory: RunDirectory,
+    prepared: Prepared,
+    heart: Heart | None = None,
+) -> Run:
     """Every part of the run; collective, after the process group has started.
 
     A checkpoint to go on from is compared with the config before anything large is built.
     """
+    heart = heart or Heart()
+    heart.beat("build")
     stop = StopRequest()
     stop.listen()
     tokenizer, step = prepared.tokenizer, 0
@@ -162,7 +172,9 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
     engine = build_model_engine(
         config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
     )
+    heart.beat("build", step)
     check_kernel(config, engine, precision)
+    engine.beat = heart.beat
     device, parameters = engine.device.type, engine.model.parameter_count
     stage = config.deepspeed.stage
     logger.info(
@@ -184,6 +196,7 @@ def build_run(config: TrainConfig, world: World, directory: RunDirectory, prepar
         checkpoint=checkpoint,
         stop=stop,
         clock=StepClock(engine.device, step),
+        heart=heart,
         step=step,
         waits=any(distributed.gather_objects(prepared.is_remote or not prepared.complete)),
         schedule=config.scheduler.build(config.max_steps),

@@ -101,6 +101,7 @@ def _launch(run: Run, batch: Batch) -> Launched:
 
 def _settle(run: Run, launched: Launched, due: Sequence[Callback] = (), saves: bool = False) -> None:
     """Read what a step was, and see to what follows from it; `saves`: a save is part of that."""
+    run.heart.beat("read")
     step, result = launched.step, launched.pending.result()
     run.skipped = 0 if result.applied else run.skipped + 1
     run.stop.agreed = result.stop
@@ -115,7 +116,9 @@ def _settle(run: Run, launched: Launched, due: Sequence[Callback] = (), saves: b
     if logged:
         line = step_metrics(run, step, result, launched.lr, seconds)
         for callback in due:
+            run.heart.beat("eval")
             callback.after_step(run, line)
+        run.heart.beat("read")
         _log(run, line)
     if run.skipped:
         _leave_out(run, step)
@@ -127,6 +130,7 @@ def _load(run: Run, batches: Batches, due: Sequence[Callback]) -> bool:
     While text may be on its way the ranks wait for it together.
     """
     step = run.step + 1
+    run.heart.beat("data", step)
     if not run.waits:
         for callback in due:
             callback.load(run, step)
@@ -237,6 +241,7 @@ def begin(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of the step just done, and the ledger and the report beside it."""
     began = time.perf_counter()
+    run.heart.beat("save")
     if run.world.is_main:
         run.directory.sync()
     record = {

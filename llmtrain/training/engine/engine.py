@@ -20,6 +20,7 @@ from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
 from llmtrain.training.engine.optimizers import build_optimizer
 from llmtrain.training.engine.transfer import PendingStep, Upload
 from llmtrain.training.engine.weights import allow_state_classes, write_enums_by_value
+from llmtrain.training.heartbeat import Phase
 
 
 def build_engine(
@@ -84,6 +85,8 @@ class Engine:
         self._sources = sources
         self._upload = Upload(self.device)
         self._parameters = list(self.model.parameters())
+        self.beat: Callable[[Phase], None] = lambda phase: None
+        """Told what this rank comes to."""
 
     @property
     def accumulation(self) -> int:
@@ -102,6 +105,7 @@ class Engine:
         batches change it. `stop` tells the other ranks that this one wants to end after the step. Under
         stage 0 nothing here waits for the device.
         """
+        self.beat("forward")
         if not self.model.training:
             self.deepspeed.train()
         parts = self._upload(batch.split(self._micro_batch_size))
@@ -116,6 +120,7 @@ class Engine:
             losses.append(self._backward(part, scale))
             self.deepspeed.step()
         losses.append(self._backward(parts[-1], scale))
+        self.beat("reduce")
         grad_norm, applied = self._update(lr)
         sums = self._sum_by_source(torch.cat(losses), targets, torch.cat([part.source_ids for part in parts]))
         return PendingStep(sums, grad_norm, applied, total[1] > 0)
@@ -123,6 +128,7 @@ class Engine:
     @torch.no_grad()
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum of the target losses of each row [rows], without gradient and without any change of state."""
+        self.beat("eval")
         self.deepspeed.eval()
         return self._forward(batch.to(self.device)).rows
 
@@ -134,6 +140,7 @@ class Engine:
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits [rows, T, V] of ids [rows, T]; see Decoder for the rest."""
+        self.beat("eval")
         self.deepspeed.eval()
         return self.deepspeed(input_ids.to(self.device), None, position_ids, cu_seqlens)
 
@@ -179,7 +186,9 @@ class Engine:
 
     def _backward(self, part: Batch, scale: torch.Tensor) -> torch.Tensor:
         """Add a micro-batch's gradients; returns the losses of its rows."""
+        self.beat("forward")
         losses = self._forward(part)
+        self.beat("backward")
         self.deepspeed.backward(losses.total * scale, scale_wrt_gas=False)
         return losses.rows
 
