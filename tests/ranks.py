@@ -37,6 +37,9 @@ EAGER = "LLMTRAIN_TEST_EAGER"
 RECORD = "LLMTRAIN_TEST_RECORD"
 """A directory in which each rank then records what it trains on."""
 
+PATCH = "LLMTRAIN_TEST_PATCH"
+"""`module:function`, which each rank calls before it begins."""
+
 
 def free_port() -> int:
     """A TCP port that nobody listens on now."""
@@ -187,12 +190,7 @@ def _fork(request: dict[str, Any]) -> int:
     try:
         from llmtrain.train import main
 
-        if os.environ.get(EAGER):
-            import torch
-
-            torch.compiler.set_stance("force_eager")
-        if directory := os.environ.get(RECORD):
-            record_batches(Path(directory) / f"rank{os.environ['RANK']}.npy")
+        adapt()
         code = main(request["argv"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -204,6 +202,21 @@ def _fork(request: dict[str, Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def adapt() -> None:
+    """Do in this rank what EAGER, RECORD and PATCH ask for."""
+    if os.environ.get(EAGER):
+        import torch
+
+        torch.compiler.set_stance("force_eager")
+    if directory := os.environ.get(RECORD):
+        record_batches(Path(directory) / f"rank{os.environ['RANK']}.npy")
+    if patch := os.environ.get(PATCH):
+        import importlib
+
+        module, _, function = patch.partition(":")
+        getattr(importlib.import_module(module), function)()
 
 
 def record_batches(file: Path) -> None:

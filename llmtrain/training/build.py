@@ -33,6 +33,7 @@ from llmtrain.training.callbacks.samples import SampleCallback
 from llmtrain.training.checkpoint import check_record, checkpoints, find_checkpoint, read_record
 from llmtrain.training.clock import StepClock
 from llmtrain.training.config import TrainConfig
+from llmtrain.training.corruption import CorruptionCheck
 from llmtrain.training.engine.config import ResolvedPrecision
 from llmtrain.training.engine.engine import Engine, build_engine
 from llmtrain.training.heartbeat import Heart
@@ -65,6 +66,7 @@ class Run:
     stop: StopRequest
     clock: StepClock
     heart: Heart
+    corruption: CorruptionCheck
     step: int = 0
     skipped: int = 0
     """Steps in a row that were not applied."""
@@ -197,6 +199,7 @@ def build_run(
         stop=stop,
         clock=StepClock(engine.device, step),
         heart=heart,
+        corruption=CorruptionCheck(config.corruption_check),
         step=step,
         waits=any(distributed.gather_objects(prepared.is_remote or not prepared.complete)),
         schedule=config.scheduler.build(config.max_steps),

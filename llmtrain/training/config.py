@@ -29,6 +29,7 @@ from llmtrain.training.callbacks.evaluation import EvaluationConfig
 from llmtrain.training.callbacks.profile import ProfileConfig
 from llmtrain.training.callbacks.samples import SampleConfig
 from llmtrain.training.checkpoint import CheckpointConfig
+from llmtrain.training.corruption import CorruptionConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, Precision, ResolvedPrecision
 from llmtrain.training.engine.optimizers import check_muon
 from llmtrain.training.loggers import LoggerConfig
@@ -77,6 +78,7 @@ class TrainConfig(Config):
     deepspeed: DeepSpeedConfig
     hardware: HardwareConfig
     profile: ProfileConfig
+    corruption_check: CorruptionConfig
     checkpoint: CheckpointConfig
     callbacks: CallbacksConfig
     logger: LoggerConfig

@@ -73,11 +73,14 @@ def _loop(run: Run, batches: Batches) -> None:
         if late is not None:
             _settle(run, late)
         saves = run.finished or run.step % every == 0
-        if not (saves or due or run.skipped or run.stop.agreed or run.waits):
+        checks = run.corruption.is_due(run.step)
+        if not (saves or due or checks or run.skipped or run.stop.agreed or run.waits):
             late = launched
             continue
         late = None
         _settle(run, launched, due, saves)
+        if checks:
+            run.corruption.check(run)
         if saves or run.stop.agreed:
             save(run)
         if saves or due:
@@ -94,6 +97,7 @@ def _go(run: Run) -> None:
 def _launch(run: Run, batch: Batch) -> Launched:
     """Give the device the next step; nothing waits for it."""
     lr = run.config.optimizer.lr * run.schedule(run.step + 1)
+    run.corruption.watch(batch)
     pending = run.engine.train_step(batch, lr, stop=run.stop.requested)
     run.step += 1
     return Launched(run.step, lr, pending)
@@ -240,6 +244,7 @@ def begin(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Write a checkpoint of the step just done, and the ledger and the report beside it."""
+    run.corruption.check(run)
     began = time.perf_counter()
     run.heart.beat("save")
     if run.world.is_main:

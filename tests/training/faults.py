@@ -1,0 +1,66 @@
+"""Faults of hardware, put into a rank before it trains (PATCH of tests/ranks.py)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from llmtrain.data.batch import Batch
+from llmtrain.training.engine.engine import Engine
+
+STEP = "LLMTRAIN_TEST_FAULT_STEP"
+"""The step after which the fault comes."""
+WHERE = "LLMTRAIN_TEST_FAULT_WHERE"
+"""Part of the name of the parameter that is hit; `optimizer` before it: its first moment."""
+
+
+def flip_a_bit() -> None:
+    """One bit of one element of what rank 1 holds turns over, between a step and what comes after it."""
+    if os.environ["RANK"] == "1":
+        _after_step(_flip)
+
+
+def compute_wrongly() -> None:
+    """From a step on, rank 1 is off by the last bit in every loss that it computes without gradient."""
+    if os.environ["RANK"] == "1":
+        _after_step(lambda engine: _perturb(engine, always=True))
+
+
+def compute_unsteadily() -> None:
+    """From a step on, rank 1 is off by the last bit in every other loss."""
+    if os.environ["RANK"] == "1":
+        _after_step(lambda engine: _perturb(engine, always=False))
+
+
+def _after_step(fault) -> None:
+    train_step, done = Engine.train_step, [0]
+
+    def step_and_fault(self: Engine, *arguments, **named):
+        pending = train_step(self, *arguments, **named)
+        done[0] += 1
+        if done[0] == int(os.environ[STEP]):
+            fault(self)
+        return pending
+
+    Engine.train_step = step_and_fault
+
+
+def _flip(engine: Engine) -> None:
+    kind, _, name = os.environ[WHERE].rpartition(" ")
+    (parameter,) = [p for found, p in engine.model.named_parameters() if name == found]
+    held = engine.deepspeed.optimizer.state[parameter]["exp_avg"] if kind == "optimizer" else parameter.data
+    bits = held.view(-1).view({2: torch.int16, 4: torch.int32}[held.element_size()])
+    bits[len(bits) // 2] ^= 1
+
+
+def _perturb(engine: Engine, always: bool) -> None:
+    loss, calls = Engine.loss, [0]
+
+    def wrong(self: Engine, batch: Batch) -> torch.Tensor:
+        calls[0] += 1
+        rows = loss(self, batch)
+        rows.view(torch.int32)[0] ^= int(always or calls[0] % 2 == 0)
+        return rows
+
+    Engine.loss = wrong
