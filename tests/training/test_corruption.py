@@ -46,7 +46,7 @@ def ended(job, run) -> tuple[str, dict]:
 
 
 @pytest.mark.parametrize(("stage", "precision", "where"), FLIPS)
-def test_a_flipped_bit_ends_the_run_and_names_it(ranks, tiny, tmp_path, stage, precision, where):
+def test_a_flipped_bit_ends_the_run(ranks, tiny, tmp_path, stage, precision, where):
     options = [f"deepspeed=zero{stage}", f"precision={precision}"]
     job = start(ranks, tiny, tmp_path, "flip_a_bit", *options, where=where)
     line, event = ended(job, tmp_path / "run")

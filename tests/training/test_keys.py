@@ -242,7 +242,7 @@ ELSEWHERE: dict[str, str] = {
         for key in names
     },
     "profile.steps": "tests/training/test_profile.py::test_the_steps_of_a_profile_are_traced",
-    "corruption_check.every": "tests/training/test_corruption.py::test_a_flipped_bit_ends_the_run_and_names_it",
+    "corruption_check.every": "tests/training/test_corruption.py::test_a_flipped_bit_ends_the_run",
     "profile.from_step": "tests/training/test_profile.py::test_the_steps_of_a_profile_are_traced",
     "deepspeed.disable_python_gc": f"{DEEPSPEED}::test_python_s_garbage_collector_stays_off_until_a_save",
     **{
