@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from llmtrain import distributed
-from llmtrain.config import UserError, label
+from llmtrain.config import UserError
+from llmtrain.config.secrets import redact
 from llmtrain.data.config import DataConfig
 from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.mixture import Stage, Weight, weights_from_epochs
@@ -30,7 +31,8 @@ from llmtrain.training.callbacks.evaluation import EvaluationCallback
 from llmtrain.training.callbacks.prediction import PredictionCallback
 from llmtrain.training.callbacks.profile import ProfileCallback
 from llmtrain.training.callbacks.samples import SampleCallback
-from llmtrain.training.checkpoint import check_record, checkpoints, find_checkpoint, read_record
+from llmtrain.training.changes import Change, changes, check_changes, tell_changes
+from llmtrain.training.checkpoint import checkpoints, find_checkpoint, read_record
 from llmtrain.training.clock import StepClock
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.corruption import CorruptionCheck
@@ -63,6 +65,8 @@ class Run:
     prepared: Prepared
     checkpoint: Path | None
     """What the run goes on from."""
+    changed: Sequence[Change]
+    """In which settings that checkpoint was another run's."""
     stop: StopRequest
     clock: StepClock
     heart: Heart
@@ -162,14 +166,16 @@ def build_run(
     heart.beat("build")
     stop = StopRequest()
     stop.listen()
-    tokenizer, step = prepared.tokenizer, 0
+    tokenizer, step, changed = prepared.tokenizer, 0, list[Change]()
     train_sources, held_out = open_alike(prepared)
     dataset = build_dataset(config, train_sources)
     precision = precision_here(config)
     checkpoint = distributed.broadcast_object(find_checkpoint(config.resume, directory.checkpoints))
     if checkpoint is not None:
         saved = read_record(checkpoint)
-        check_record(checkpoint, saved, describe_run(config, world, tokenizer, precision))
+        changed = changes(saved, describe_run(config, world, tokenizer, precision))
+        check_changes(checkpoint, changed, config.resume_changes)
+        tell_changes(checkpoint, changed)
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
     engine = build_model_engine(
         config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
@@ -196,6 +202,7 @@ def build_run(
         engine=engine,
         prepared=prepared,
         checkpoint=checkpoint,
+        changed=changed,
         stop=stop,
         clock=StepClock(engine.device, step),
         heart=heart,
@@ -262,9 +269,8 @@ def describe_run(
         "world_size": world.world_size,
         "stage": config.deepspeed.stage,
         "precision": precision,
-        "optimizer": label(config.optimizer),
         "tokenizer": tokenizer.fingerprint,
-        "model": config.model.model_dump(mode="json", exclude={"init_from"}),
+        "config": redact(config.model_dump(mode="json")),
     }
 
 

@@ -86,37 +86,6 @@ def _named(resume: str) -> Path:
     return found[-1][1]
 
 
-def check_record(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """UserError naming what differs between the checkpoint and the run that would go on from it.
-
-    The data engine compares its own state. Weights are tied to the tokenizer and the model; the files of
-    DeepSpeed to ranks, stage and precision.
-    """
-    for key, name in NAMES.items():
-        if saved.get(key) != current[key]:
-            raise UserError(_differs(checkpoint, name, saved.get(key), current[key]))
-    for key in {**saved["model"], **current["model"]}:
-        before, now = saved["model"].get(key), current["model"].get(key)
-        if before != now and key != "attention":  # every attention backend computes the same function
-            raise UserError(_differs(checkpoint, f"model.{key}", before, now))
-
-
-NAMES = {
-    "tokenizer": "the tokenizer's fingerprint",
-    "world_size": "the number of ranks",
-    "stage": "deepspeed.zero_optimization.stage",
-    "precision": "precision",
-    "optimizer": "optimizer",
-}
-
-
-def _differs(checkpoint: Path, name: str, saved: Any, current: Any) -> str:
-    return (
-        f"{name}={current}: {checkpoint} was written with {saved}; "
-        f"go on with {saved}, or start anew with resume=never or another output_dir"
-    )
-
-
 def save_checkpoint(directory: Path, engine: Engine, world: World, record: dict[str, Any], keep: int) -> Path:
     """Write the state after step `record["step"]` as a new checkpoint and drop all but the newest `keep`.
 

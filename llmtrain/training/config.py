@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmtrain.config import Config, choice
 from llmtrain.data.config import DataConfig
@@ -28,6 +28,7 @@ from llmtrain.tokenizer import BytesConfig, HuggingFaceConfig, SentencePieceConf
 from llmtrain.training.callbacks.evaluation import EvaluationConfig
 from llmtrain.training.callbacks.profile import ProfileConfig
 from llmtrain.training.callbacks.samples import SampleConfig
+from llmtrain.training.changes import check_permissions
 from llmtrain.training.checkpoint import CheckpointConfig
 from llmtrain.training.corruption import CorruptionConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, Precision, ResolvedPrecision
@@ -69,6 +70,7 @@ class TrainConfig(Config):
     output_dir: Path
     cache_dir: Path
     resume: str
+    resume_changes: list[str]
     log_every: Count
     model: ModelConfig
     tokenizer: choice(TokenizerConfig, SentencePieceConfig, HuggingFaceConfig, BytesConfig)  # type: ignore[valid-type]
@@ -95,6 +97,12 @@ class TrainConfig(Config):
         return self.deepspeed.resolve_precision(
             self.precision, device, fast_bf16_cpu(), self.optimizer.fp32_weights
         )
+
+    @field_validator("resume_changes")
+    @classmethod
+    def _can_be_allowed(cls, value: list[str]) -> list[str]:
+        check_permissions(value)
+        return value
 
     @model_validator(mode="after")
     def _runs_right(self) -> Self:

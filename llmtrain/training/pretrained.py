@@ -42,8 +42,8 @@ def _shape_of_run(value: Mapping[str, Any]) -> tuple[dict[str, Any], Path] | Non
     checkpoint = find_checkpoint(resume, RunDirectory(Path(str(output))).checkpoints)
     if checkpoint is None:
         return None
-    saved = read_record(checkpoint)["model"]
-    return {key: saved[key] for key in saved if key != "attention"}, checkpoint
+    saved = read_record(checkpoint)["config"]["model"]
+    return {key: saved[key] for key in saved if key not in ("attention", "init_from")}, checkpoint
 
 
 def _shape_of_directory(value: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:

@@ -200,7 +200,8 @@ def _leave_out(run: Run, step: int) -> None:
         save(run)
         raise UserError(
             f"{run.skipped} steps in a row had a gradient that is not finite, the last one step {step}; "
-            "its checkpoint holds the weights from before them: go on with a lower optimizer.lr",
+            "its checkpoint holds the weights from before them: go on with a lower optimizer.lr and "
+            "resume_changes=[optimizer.lr]",
             exit_code=ExitCode.NON_FINITE,
         )
 
@@ -238,6 +239,7 @@ def begin(run: Run) -> None:
         precision=run.precision,
         micro_batch_size=run.config.micro_batch_size,
         gradient_accumulation_steps=run.engine.accumulation,
+        **({"changes": [change.as_dict() for change in run.changed]} if run.changed else {}),
     )
     run.loggers = run.config.logger.build(directory, run.config, run.step)
 

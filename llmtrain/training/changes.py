@@ -1,0 +1,191 @@
+"""What may differ between a run and its continuation: a rule for every key, and one message for all of them.
+
+safe     what the next step computes does not depend on it, or the order of the data takes care of it
+flag     the steps to come are other ones: `resume_changes` has to name the key
+refused  weights, optimizer state or the order of the data would not be this run's any more
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmtrain.config import UserError
+from llmtrain.config.errors import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+Rule = Literal["safe", "flag", "refused"]
+
+ABSENT = "-"
+LONGEST = 40
+"""Characters of a value that the table shows."""
+
+TABLE: dict[str, tuple[Rule, str]] = {
+    # a key, or what keys begin with: the rule, and why; the longest that fits holds
+    "name": ("safe", "a name"),
+    "output_dir": ("safe", "a place"),
+    "cache_dir": ("safe", "a place"),
+    "resume": ("safe", "how this start was asked for"),
+    "resume_changes": ("safe", "how this start was asked for"),
+    "max_steps": ("safe", "the schedule and the intervals follow it"),
+    "micro_batch_size": ("safe", "accumulation makes up for it"),
+    "log_every": ("safe", "watches only"),
+    "profile": ("safe", "watches only"),
+    "callbacks": ("safe", "watches only"),
+    "logger": ("safe", "watches only"),
+    "hardware": ("safe", "watches only"),
+    "checkpoint": ("safe", "when to save"),
+    "compile": ("safe", "the same function, up to rounding"),
+    "activation_checkpointing": ("safe", "the same function"),
+    "ranks": ("refused", "the files of a checkpoint are those of its ranks"),
+    "deepspeed": ("safe", "how ranks share the work"),
+    "deepspeed.zero_optimization.stage": ("refused", "the files of a checkpoint are those of its stage"),
+    "precision": ("refused", "the files of a checkpoint are those of its precision"),
+    "fp8": ("flag", "other rounding"),
+    "z_loss": ("flag", "another loss"),
+    "optimizer": ("flag", "other updates"),
+    "optimizer.kind": ("refused", "its state is another optimizer's"),
+    "optimizer._target_": ("refused", "its state is another optimizer's"),
+    "scheduler": ("flag", "other learning rates"),
+    "seed": ("refused", "the order of the data follows from it"),
+    "seq_len": ("refused", "the order of the data follows from it"),
+    "global_batch_size": ("refused", "the order of the data follows from it"),
+    "model": ("refused", "the weights are another model's"),
+    "model.attention": ("safe", "every backend computes the same function"),
+    "model.init_from": ("safe", "the weights are the checkpoint's"),
+    "tokenizer": ("safe", "its fingerprint is compared"),
+    "tokenizer.fingerprint": ("refused", "ids would mean other text"),
+    "data.sources": ("safe", "the mixture changes from the next step on; the text of each is compared"),
+    "data.stages": ("safe", "the mixture changes from the next step on"),
+    "data.skip": ("safe", "what was left out stays so"),
+    "data.curriculum": ("flag", "segments of other lengths"),
+    "data.documents": ("refused", "the order of the data follows from it"),
+    "data.boundary_targets": ("refused", "the order of the data follows from it"),
+    "data.packing": ("refused", "the order of the data follows from it"),
+    "data.max_padding": ("refused", "the order of the data follows from it"),
+    "data.shuffle_span": ("refused", "the order of the data follows from it"),
+    "data.boundary": ("refused", "the text of every source would be another"),
+    "data.validation_fraction": ("refused", "the text of every source would be another"),
+    "data.max_document_bytes": ("refused", "the text of every source would be another"),
+    "data.bad_records": ("safe", "a bad record is left out all the same"),
+    "data.max_bad_fraction": ("safe", "when to give up"),
+    "data.preparation": ("safe", "when text is tokenised, not how"),
+    "data.workers": ("safe", "when text is tokenised, not how"),
+    "data.remote_cache_gb": ("safe", "a place"),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key with another value than the checkpoint was written with."""
+
+    key: str
+    run: Any
+    now: Any
+    rule: Rule
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For events.jsonl."""
+        return asdict(self)
+
+
+def rule_of(key: str) -> tuple[Rule, str]:
+    """The row of TABLE for a dotted key; a key that this version does not know needs a permission."""
+    words = key.split(".")
+    for length in range(len(words), 0, -1):
+        row = TABLE.get(".".join(words[:length]))
+        if row:
+            return row
+    return "flag", "this version does not know it"
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What differs between the record of a checkpoint and that of the run that would go on from it."""
+    pairs = _differences(_settings(saved), _settings(now))
+    return [Change(key, run, ours, *rule_of(key)) for key, run, ours in pairs]
+
+
+def check_changes(checkpoint: Path, found: Sequence[Change], allowed: Sequence[str]) -> None:
+    """UserError where `found` has what a resume cannot change, or what `allowed` does not name.
+
+    All that differs is told first, in one table.
+    """
+    refused = [change for change in found if change.rule == "refused"]
+    unnamed = [change for change in found if change.rule == "flag" and not _names(allowed, change.key)]
+    if not (refused or unnamed):
+        return
+    tell_changes(checkpoint, found)
+    lines = [
+        f"{change.key}={_shown(change.now)}: {checkpoint} has {_shown(change.run)}, which no resume can "
+        f"change ({change.reason}); go back to it, or start anew with resume=never or another output_dir"
+        for change in refused
+    ]
+    if unnamed:
+        assigned = ", ".join(f"{change.key}={_shown(change.now)}" for change in unnamed)
+        before = ", ".join(_shown(change.run) for change in unnamed)
+        keys = ",".join([*allowed, *(change.key for change in unnamed)])
+        lines.append(
+            f"{assigned}: {checkpoint} has {before}; go back to it, or allow the change: "
+            f"'resume_changes=[{keys}]'"
+        )
+    raise UserError(*lines)
+
+
+def tell_changes(checkpoint: Path, found: Sequence[Change]) -> None:
+    """Log what differs as a table."""
+    if not found:
+        return
+    rows = [("key", "run", "now", "rule")]
+    for change in found:
+        run, now = _shown(change.run)[:LONGEST], _shown(change.now)[:LONGEST]
+        rows.append((change.key, run, now, f"{change.rule}: {change.reason}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    logger.info("%s was written with other settings:\n%s", checkpoint, "\n".join(lines))
+
+
+def check_permissions(allowed: Sequence[str]) -> None:
+    """ValueError for a name in `resume_changes` that no key with a permission has."""
+    known = [key for key, (rule, _) in TABLE.items() if rule == "flag"]
+    for name in allowed:
+        rule, reason = rule_of(name)
+        if rule != "flag":
+            raise ValueError(f"{name} needs no permission: it is {rule} ({reason})")
+        if not any(name == key or name.startswith(f"{key}.") for key in known):
+            raise ValueError(f"{name}: no such key; there are {', '.join(known)}{did_you_mean(name, known)}")
+
+
+def _names(allowed: Sequence[str], key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a record, `auto` made concrete, and what no key says."""
+    config = record["config"]
+    return {
+        **config,
+        "precision": record["precision"],
+        "tokenizer": {**config["tokenizer"], "fingerprint": record["tokenizer"]},
+        "ranks": record["world_size"],
+    }
+
+
+def _differences(run: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value of the run, value now) of the smallest parts that differ."""
+    if not (isinstance(run, Mapping) and isinstance(now, Mapping)):
+        if run != now:
+            yield key, run, now
+        return
+    for name in {**run, **now}:
+        inner = f"{key}.{name}" if key else name
+        yield from _differences(run.get(name, ABSENT), now.get(name, ABSENT), inner)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
