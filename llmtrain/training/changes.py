@@ -39,6 +39,7 @@ TABLE: dict[str, tuple[Rule, str]] = {
     "callbacks": ("safe", "watches only"),
     "logger": ("safe", "watches only"),
     "hardware": ("safe", "watches only"),
+    "corruption_check": ("safe", "watches only"),
     "checkpoint": ("safe", "when to save"),
     "compile": ("safe", "the same function, up to rounding"),
     "activation_checkpointing": ("safe", "the same function"),
