@@ -29,25 +29,30 @@ from tests.training.test_syncs import HostReads
 def trained(request, tmp_path_factory) -> dict[str, Any]:
     """What tests/training/optimizer_ranks.py writes on one rank, and on two."""
     file = tmp_path_factory.mktemp("optimizers") / "found.pt"
+    run_ranks("tests.training.optimizer_ranks", request.param, str(file))
+    return torch.load(file)
+
+
+def run_ranks(module: str, ranks: int, *arguments: str) -> None:
+    """Run a module of the tests as so many ranks of a job, and wait for them."""
     environment = {
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(request.param), "LOCAL_WORLD_SIZE": str(request.param),
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.training.optimizer_ranks", str(file)],
+            [sys.executable, "-m", module, *arguments],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(request.param)
+        for rank in range(ranks)
     ]
-    outputs = [process.communicate(timeout=600)[0] for process in started]
+    outputs = [process.communicate(timeout=900)[0] for process in started]
     assert all(process.returncode == 0 for process in started), outputs
-    return torch.load(file)
 
 
 @pytest.mark.parametrize("case", CASES)

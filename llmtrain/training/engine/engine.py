@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from llmtrain.model.init import Gather
 from llmtrain.optim.base import OptimizerConfig, set_learning_rate
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
 from llmtrain.training.engine.optimizers import build_optimizer
+from llmtrain.training.engine.state import EngineState, Read, read_state, restore_state
 from llmtrain.training.engine.transfer import PendingStep, Upload
 from llmtrain.training.engine.weights import allow_state_classes, write_enums_by_value
 from llmtrain.training.heartbeat import Phase
@@ -77,7 +78,7 @@ class Engine:
         sources: int,
     ) -> None:
         self.deepspeed = deepspeed_engine
-        self._ranks = world.world_size
+        self._rank, self._ranks = world.rank, world.world_size
         self.device = torch.device(deepspeed_engine.device)
         self._stage = stage
         self._clipping = clipping
@@ -176,6 +177,19 @@ class Engine:
         assert path is not None, f"{directory} holds no engine state"
         for group, ours in zip(self.deepspeed.optimizer.param_groups, settings, strict=True):
             group.update(ours)
+
+    def state(self) -> EngineState:
+        """What this rank answers for, live, between two steps; see llmtrain/training/engine/state.py."""
+        self.deepspeed.collect_python_gc()  # `deepspeed.disable_python_gc` leaves cycles to this moment
+        return read_state(self.deepspeed, self._rank, self._ranks)
+
+    def restore(self, read: Read, scalars: Mapping[str, Any]) -> None:
+        """Go on from the state that `read` and `scalars` tell of, whatever stage and ranks wrote it.
+
+        `read(name, key, start, count)` is asked for what this rank needs only. The optimizer's settings stay
+        those of this run.
+        """
+        restore_state(self.deepspeed, self._rank, self._ranks, read, scalars)
 
     def close(self) -> None:
         """Free what DeepSpeed holds; the engine is of no use afterwards."""
