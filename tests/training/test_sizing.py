@@ -121,8 +121,7 @@ def test_memory_against_real_engines(tmp_path: Path, ranks: int, cases: list[str
         if "offload" not in name:
             beside = case["gradients"] - case["predicted_gradients"]
             assert 0 <= beside <= 4 * 5000, name
-        written = case["checkpoint"] - case["predicted_checkpoint"]
-        assert 0 <= written <= 20_000 * (1 + ranks), name  # names and settings do not grow with the model
+        assert case["checkpoint"] == case["predicted_checkpoint"], name
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(bytes for bytes in kept.values() if bytes >= SCALAR)
 
 
-def walk(world: World, directory: Path, cases: list[str]) -> Iterator[dict[str, Any]]:
+def walk(world: World, cases: list[str]) -> Iterator[dict[str, Any]]:
     """For every case: bytes found between the steps and between two micro-batches, and of a checkpoint."""
     data = batch(8 // world.world_size, 16)
     for option, precision in CASES:
@@ -107,21 +107,22 @@ def walk(world: World, directory: Path, cases: list[str]) -> Iterator[dict[str, 
         engine.deepspeed.backward(engine._forward(data.split(2)[0]).total, scale_wrt_gas=False)
         time.sleep(GLOO_SECONDS)
         gradients = found() - between_steps
-        engine.save(directory / option / precision)
+        pieces = engine.state().pieces
+        saved = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
+        del pieces
         engine.close()
         del engine, optimizer, parameters, states
         ranks = distributed.gather_objects({**parts, "total": between_steps})
         model, layout = Model.of(config, VOCABULARY), Layout.of(config, world.world_size, precision)
         kept, needed = state(model, layout), memory(model, layout)
-        files = (directory / option / precision).rglob("*.pt")
         yield {
             "case": case,
             "found": {key: max(rank[key] for rank in ranks) for key in ranks[0]},
             "state": {"weights": kept.weights, "optimizer": kept.optimizer, "total": kept.total},
             "gradients": max(distributed.gather_objects(gradients)),
             "predicted_gradients": needed.gradients,
-            "checkpoint": sum(file.stat().st_size for file in files),
-            "predicted_checkpoint": checkpoint_bytes(model, layout),
+            "checkpoint": sum(distributed.gather_objects(saved)),
+            "predicted_checkpoint": checkpoint_bytes(model),
         }
 
 
@@ -142,7 +143,7 @@ def main(file: Path, cases: list[str]) -> None:
     torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's update, which takes a minute here
     world = World.from_environment()
     distributed.initialize(world)
-    found = list(walk(world, file.parent / "checkpoints", cases))
+    found = list(walk(world, cases))
     if world.is_main:
         file.write_text(json.dumps(found))
     distributed.finalize()

@@ -123,7 +123,7 @@ class Sizing:
             "embedding_parameters": model.embedding_parameters,
             "flops_per_token": model.flops_per_token(causal=False),
             "flops_per_token_causal": model.flops_per_token(causal=True),
-            "checkpoint_bytes": checkpoint_bytes(model, self.configured.layout),
+            "checkpoint_bytes": checkpoint_bytes(model),
             "configured": {**self.configured.as_dict(), **duration(self.configured, tokens)},
             "cheapest": cheapest
             and {**cheapest.as_dict(), **duration(cheapest, tokens), "overrides": cheapest.overrides},

@@ -375,10 +375,6 @@ def _placed(kept: State, model: Model, layout: Layout) -> Memory:
     return Memory(weights, masters, optimizer, 0, accumulators, 0, 0, 0, 0, host)
 
 
-def checkpoint_bytes(model: Model, layout: Layout) -> int:
-    """Bytes of all ranks' files: the weights as they are trained (stage 3 saves none), masters and states."""
-    kept, n = state(model, layout), layout.ranks
-    if layout.stage == 0:
-        return kept.weights + kept.optimizer
-    parts = n * (kept.masters + kept.optimizer)
-    return parts if layout.stage == 3 else kept.weights + parts
+def checkpoint_bytes(model: Model) -> int:
+    """Bytes of a checkpoint's tensors: fp32 weights and the optimizer's states, whatever the layout."""
+    return 4 * sum(sum(group.sizes) * (1 + group.states) for group in model.groups)

@@ -63,7 +63,7 @@ def remarks(sizing: Sizing, tokens: int) -> list[str]:
         f"{model.parameters:,} parameters, {model.embedding_parameters:,} of them in embedding tables",
         f"{short(model.flops_per_token(causal=False))} FLOPs a token "
         f"({short(model.flops_per_token(causal=True))} with the causal half of attention only)",
-        f"{checkpoint_bytes(model, sizing.configured.layout) / GIB:.2f} GiB a checkpoint",
+        f"{checkpoint_bytes(model) / GIB:.2f} GiB a checkpoint",
         "memory by part as it is at the peak: where backward begins, or where gradients are reduced; * the "
         "cheapest way, x does not fit, ! needs a change",
     ]
