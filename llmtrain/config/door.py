@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,6 +40,9 @@ def rank_door(run: Callable[[World], int | None]) -> int:
         terminated = isinstance(stop, Terminated)
         line = "; ".join(["stopped by SIGTERM" if terminated else "interrupted", *_notes(stop)])
         return _report([line], 128 + (signal.SIGTERM if terminated else signal.SIGINT), world)
+    except Exception:  # a bug, or a machine's trouble: told as Python would, but for secrets
+        sys.stderr.write(without_secrets(traceback.format_exc()))
+        return 1
 
 
 def _notes(stop: KeyboardInterrupt) -> list[str]:
@@ -79,20 +83,19 @@ def _only_speaker(lines: Sequence[str], world: World) -> Iterator[bool]:
         yield True
 
 
-def _leave_secrets_out(record: logging.LogRecord) -> bool:
-    """A filter that lets everything pass, URLs without their signatures and passwords."""
-    text = record.getMessage()
-    if (clean := without_secrets(text)) != text:
-        record.msg, record.args = clean, ()
-    return True
+class _WithoutSecrets(logging.Formatter):
+    """Records as they are, tracebacks too, but for keys, passwords and what signs a URL."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 def _set_up_logging(world: World) -> None:
     """Our own notes from rank 0, warnings from everybody, on standard error."""
     prefix = "" if world.is_main else f"[rank {world.rank}] "
-    logging.basicConfig(format=f"{prefix}%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_leave_secrets_out)
+        handler.setFormatter(_WithoutSecrets(f"{prefix}%(message)s"))
     logging.getLogger("llmtrain").setLevel(logging.INFO if world.is_main else logging.WARNING)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import Tag, ValidationError
 
 from llmtrain.config.base import TARGET, Config, target_class
+from llmtrain.config.secrets import redact
 
 YAML = {"False": "false", "True": "true", "None": "null"}
 LONGEST_VALUE = 60
@@ -206,7 +207,7 @@ def _assignment(place: _Place) -> str:
     """`key=value` as one would type it; a mapping's value is left out."""
     if isinstance(place.value, Mapping) or not place.keys:
         return place.key
-    value = place.value
+    value = redact(place.value, place.keys[-1])  # before it is cut: a part of a secret has no shape
     shown = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
     return f"{place.key}={shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + '...'}"
 

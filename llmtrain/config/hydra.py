@@ -11,7 +11,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from llmtrain.config.base import Config
 from llmtrain.config.door import plain_door, rank_door
 from llmtrain.config.errors import UserError, describe, did_you_mean
 from llmtrain.config.help_page import SHARED, config_groups, help_page
+from llmtrain.config.secrets import redact, refusal, texts_of
 from llmtrain.distributed import World
 from llmtrain.importing import signals_end_it
 
@@ -70,6 +71,7 @@ def compose(
     composed = _compose(overrides, tree)
     with _one_line_errors():
         value = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    _refuse_secrets(texts_of(value))
     unset = sorted(OmegaConf.missing_keys(composed))
     value = dict(root.complete(_without_missing(value), dict(map(_assigned, overrides))))
     try:
@@ -122,6 +124,7 @@ class _Door(Generic[C]):
 
     def answer(self, argv: Sequence[str], world: World) -> int | None:
         options = _parse(without_local_rank(argv))
+        _refuse_secrets(map(_assigned, options.overrides))
         module = _module_of(self.run)
         tree = _Tree(self.directory, options.config_dir, self.primary)
         if options.multirun:
@@ -199,7 +202,9 @@ def _yaml(composed: DictConfig, key: str | None, resolve: bool) -> str:
     part = OmegaConf.select(composed, key) if key else composed
     if part is None:
         raise UserError(f"--package {key}: no such key; --cfg job without it shows all keys")
-    return OmegaConf.to_yaml(part, resolve=resolve) if OmegaConf.is_config(part) else f"{part}\n"
+    if not OmegaConf.is_config(part):
+        return f"{redact(part, str(key))}\n"
+    return OmegaConf.to_yaml(OmegaConf.create(redact(OmegaConf.to_container(part, resolve=resolve))))
 
 
 def _choices(options: argparse.Namespace, tree: _Tree) -> dict[str, str | None]:
@@ -303,6 +308,13 @@ def _assigned(override: str) -> tuple[str, str]:
     """The key, or the group, that an override of the command line names, and the text it is given."""
     key, _, text = override.lstrip("+~").partition("=")
     return key, text
+
+
+def _refuse_secrets(values: Iterable[tuple[str, str]]) -> None:
+    """Of (key, text): a config is kept with the run, shown and sent."""
+    lines = [line for key, text in values if (line := refusal(key, text))]
+    if lines:
+        raise UserError(*lines)
 
 
 def _refuse_job_options(overrides: Sequence[str]) -> None:

@@ -163,7 +163,7 @@ class RunDirectory:
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Add one line {time, event, ...fields} to events.jsonl."""
-        _append(self.events, {"time": _now(), "event": kind, **fields})
+        _append(self.events, redact({"time": _now(), "event": kind, **fields}))
 
     def cut_unterminated(self) -> None:
         """Cut an unterminated last line from metrics.jsonl and events.jsonl: its write was interrupted."""
@@ -185,8 +185,11 @@ class RunDirectory:
         write_atomically(self.config, text)
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write `name`, a path inside the run directory, atomically; what is not finite becomes null."""
-        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+        """Write `name`, a path inside the run directory, atomically, without secrets.
+
+        What is not finite becomes null.
+        """
+        text = json.dumps(_finite(redact(value)), indent=2, ensure_ascii=False, allow_nan=False)
         return write_atomically(self.path / name, text + "\n")
 
     def keep(self, file: Path, name: str) -> None:
