@@ -120,7 +120,7 @@ def _tasks_per_node(text: str) -> list[int]:
 def _meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, str]:
     """Address and port where rank 0 listens; only a world of 1 may choose its port, others must agree."""
     if world.world_size == 1:
-        port = environment.get("MASTER_PORT") or str(_free_port())
+        port = environment.get("MASTER_PORT") or str(free_port())
         return environment.get("MASTER_ADDR", "127.0.0.1"), port
     address = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR")
     if address is None and world.local_world_size == world.world_size:
@@ -137,7 +137,7 @@ def _meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, s
     return str(address), environment["MASTER_PORT"]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ def fit(run: Run) -> None:
             callback.on_start(run)
         pin = run.engine.device.type == "cuda"
         batches = run.dataset.batches(run.step + 1, run.world.rank, run.world.world_size, pin)
+        gc.collect()
+        gc.freeze()  # what a run is built of stays: the collection at each save need not look at it
         _loop(run, ends.enter_context(closing(batches)))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from llmtrain.distributed import World
 from llmtrain.training.build import build_model_engine
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.config import OWNERS, DeepSpeedConfig, ZeroConfig
+from tests.ranks import PATCH
 from tests.training.test_engine import batch
 
 CHANGES = {
@@ -87,6 +90,26 @@ def test_python_s_garbage_collector_stays_off_until_a_save(tiny, tmp_path):
     engine = build([*tiny, "deepspeed=zero1", "deepspeed.disable_python_gc=false"])
     assert gc.isenabled()
     engine.close()
+
+
+def note_frozen() -> None:
+    """In a rank: write down at each save how many objects a collection passes over, and how many not."""
+    from llmtrain.training import trainer
+
+    save = trainer.save
+
+    def noted(run, **how):
+        Path("frozen.json").write_text(json.dumps([gc.get_freeze_count(), len(gc.get_objects())]))
+        return save(run, **how)
+
+    trainer.save = noted
+
+
+def test_a_collection_at_a_save_passes_over_what_the_run_is_built_of(ranks, tiny, tmp_path):
+    """Half a second in which nothing trains, else."""
+    ranks.run([*tiny, "max_steps=1"], 1, tmp_path, {PATCH: f"{__name__}:note_frozen"})
+    frozen, others = json.loads((tmp_path / "frozen.json").read_text())
+    assert frozen > 10 * others
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
