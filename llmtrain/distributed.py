@@ -12,6 +12,7 @@ import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,9 +147,10 @@ def free_port() -> int:
 # Start and end
 
 
-def initialize(world: World) -> torch.device:
+def initialize(world: World, timeout: float | None = None) -> torch.device:
     """Joins all ranks in one process group (NCCL, or gloo without GPUs) and returns this rank's device.
 
+    A rank that waits for others longer than `timeout` seconds (None: as libraries have it) gets an error.
     Also sets this process's threads, and the environment names torch reads. A second call changes nothing.
     """
     import torch
@@ -166,7 +168,7 @@ def initialize(world: World) -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun sets 1 whatever the machine; anybody else's number is a wish.
         torch.set_num_threads(max(1, usable_cores() // world.local_world_size))
-    _init_deepspeed("nccl" if device.type == "cuda" else "gloo")
+    _init_deepspeed("nccl" if device.type == "cuda" else "gloo", timeout)
     return device
 
 
@@ -198,7 +200,7 @@ def _device(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def _init_deepspeed(backend: str) -> None:
+def _init_deepspeed(backend: str, timeout: float | None) -> None:
     """deepspeed.init_distributed without its habits on CPU, and without its chatter."""
     os.environ["LOCAL_SIZE"] = "0"
     quiet_deepspeed()
@@ -210,7 +212,14 @@ def _init_deepspeed(backend: str) -> None:
         # its lock) and leaves 66 MiB in /dev/shm for each rank and port. Nothing else reads this table, and
         # filling it as DeepSpeed does would run a compiler.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    limit = {}
+    if timeout is not None:
+        from torch.distributed import distributed_c10d
+
+        limit = {"timeout": timedelta(seconds=timeout)}
+        # DeepSpeed makes groups of its own without a time-out: they take these.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit["timeout"]
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, **limit)
 
 
 def quiet_threads() -> None:

@@ -17,12 +17,16 @@ def train(config: TrainConfig) -> int:
     from llmtrain import distributed
     from llmtrain.data.prepare import prepare
     from llmtrain.training.build import build_run, check_start, is_done, open_run, tokenizer_of
+    from llmtrain.training.heartbeat import Heart
     from llmtrain.training.trainer import begin, finish, fit
+    from llmtrain.training.watchdog import longest_wait, watched
 
+    heart = Heart()
     world = distributed.World.from_environment()
     check_start(config, world)
     if is_done(config):
         return 0
+    heart.beat("prepare")
     background = config.data.prepares_in_background
     prepared = prepare(
         config.data,
@@ -33,12 +37,13 @@ def train(config: TrainConfig) -> int:
     )
     with closing(prepared):
         directory = open_run(config, world)
-        distributed.initialize(world)
-        run = build_run(config, world, directory, prepared)
-        begin(run)
-        fit(run)
-        code = finish(run)
-    distributed.finalize()
+        distributed.initialize(world, longest_wait(config.hang_timeout))
+        with watched(directory, world, heart, config.hang_timeout, goes_on=config.resume != "never"):
+            run = build_run(config, world, directory, prepared, heart)
+            begin(run)
+            fit(run)
+            code = finish(run)
+            distributed.finalize()
     return code
 
 

@@ -68,6 +68,10 @@ class Job:
             codes = self.server.poll(self.pids)
         return [code for code in codes if code is not None]
 
+    def codes(self) -> list[int | None]:
+        """Exit codes by rank; None of one that still runs."""
+        return self.server.poll(self.pids)
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to every rank that still runs."""
         for pid, code in zip(self.pids, self.server.poll(self.pids), strict=True):

@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from llmtrain.config import UserError
+from llmtrain.data.asked import Asked
 from llmtrain.data.batch import Batch
 from llmtrain.data.held import Tally
 from llmtrain.data.mixture import Mixture, Stage, Weight, continue_stages
@@ -151,6 +152,9 @@ class PackedDataset:
 
         cuttings = {name: cutting(sources[name]) for name in self.names}
         self.streams = {name: Stream(cuttings[name], name, seed, shuffle_span) for name in self.names}
+        self.asked = Asked()
+        """The source whose text the newest rows are made of, or wait for."""
+        self._readers = [self.asked.noting(name, sources[name]) for name in self.names]
         self._tallies = {
             name: Tally(self.streams[name], one) for name, one in cuttings.items() if isinstance(one, BestFit)
         }
@@ -367,7 +371,9 @@ class PackedDataset:
 
     def _row(self, source: int, k: int) -> Row:
         stream = self.stream(source)
-        return Row(self.names.index(stream.name), stream.source, stream.serve(k))
+        self.asked.name = stream.name
+        source_id = self.names.index(stream.name)
+        return Row(source_id, self._readers[source_id], stream.serve(k))
 
 
 def _stages_of(

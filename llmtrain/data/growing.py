@@ -286,6 +286,10 @@ class Crew(Protocol):
     def error(self) -> UserError | None:
         """Why no more parts are made, where that is so."""
 
+    @property
+    def heard(self) -> int:
+        """Grows as long as parts are being made."""
+
     def schedule(self, order: Mapping[str, Sequence[int]], weights: Mapping[str, float]) -> None:
         """Make parts in the order in which training comes to them: each source's `order`, and its share."""
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from llmtrain.data.batch import IGNORED, Batch
-from llmtrain.data.windows import Piece, TokenSource
+from llmtrain.data.windows import Piece, TokenReader
 
 Documents = Literal["separate", "attend"]
 
@@ -24,7 +24,7 @@ class Row(NamedTuple):
     """A window to be read: up to L + 1 tokens of one source."""
 
     source_id: int
-    source: TokenSource
+    source: TokenReader
     pieces: Sequence[Piece]
 
 

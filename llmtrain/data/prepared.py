@@ -45,8 +45,11 @@ class PreparedSource:
 
 
 @runtime_checkable
-class Closing(Protocol):
+class Fetched(Protocol):
     """Shards that somebody fetches."""
+
+    received: int
+    """Bytes so far."""
 
     def close(self) -> None:
         """Fetch no more."""
@@ -76,6 +79,14 @@ class Prepared:
     def error(self) -> UserError | None:
         """Why this process makes no more shards, where that is so."""
         return self.crew.error if self.crew else None
+
+    @property
+    def come(self) -> tuple[int, int, int]:
+        """Differs from what it was where more text has come since, or is being made."""
+        making = [source.preparation for source in self.sources.values() if source.preparation]
+        shards = sum(len(one.done()) for one in making if not one.complete)
+        received = sum(one.received for one in self._opened if isinstance(one, Fetched))
+        return self.crew.heard if self.crew else 0, shards, received
 
     @property
     def is_remote(self) -> bool:
@@ -136,7 +147,7 @@ class Prepared:
             if source.preparation is not None:
                 source.preparation.closed.set()
         for shards in self._opened:
-            if isinstance(shards, Closing):
+            if isinstance(shards, Fetched):
                 shards.close()
 
     def rejected(self, name: str) -> dict[str, int]:

@@ -91,6 +91,8 @@ class _Remote:
         self.url = url
         self._filesystem, root = filesystem(url)
         self._root = root.rstrip("/")
+        self.received = 0
+        """Bytes of files so far."""
 
     def read(self, name: str) -> bytes:
         """A small file."""
@@ -100,9 +102,12 @@ class _Remote:
         """Write a file of `size` bytes to disk; _WrongContentError where it is another, soon where longer."""
         from fsspec.callbacks import Callback
 
+        remote = self
+
         class Bounded(Callback):
             def relative_update(self, inc: int = 1) -> None:
                 self.value += inc
+                remote.received += inc
                 if self.value > size:
                     raise _WrongContentError(f"has more than {size} bytes")
 
@@ -178,6 +183,11 @@ class RemoteShards:
                 self._wanted.remove(shard)
                 self._changed.notify_all()
         return directory
+
+    @property
+    def received(self) -> int:
+        """Grows as long as shards are being fetched."""
+        return self._remote.received
 
     def manifest(self, shard: int) -> dict[str, Any]:
         """The checked manifest of a shard, without the shard where that is not here."""

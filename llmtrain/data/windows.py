@@ -17,7 +17,17 @@ from llmtrain.config import UserError
 from llmtrain.data.best_fit import ShardPacking
 
 
-class TokenSource(Protocol):
+class TokenReader(Protocol):
+    """What the tokens of rows are read from; both methods wait until the shard is there."""
+
+    def read(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """The ids start .. stop - 1 of a shard."""
+
+    def offsets(self, shard: int) -> np.ndarray:
+        """Where each document of a shard begins, and where the last one ends: int64 [documents + 1]."""
+
+
+class TokenSource(TokenReader, Protocol):
     """Tokens in shards, which may still be on their way; a shard begins with the beginning of a document."""
 
     @property
@@ -45,12 +55,6 @@ class TokenSource(Protocol):
 
     def want(self, shards: Sequence[int]) -> None:
         """These are needed soon, in this order: a hint, which returns at once."""
-
-    def read(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """The ids start .. stop - 1 of a shard; waits until it is there."""
-
-    def offsets(self, shard: int) -> np.ndarray:
-        """Where each document of a shard begins, and where the last one ends: int64 [documents + 1]."""
 
     def remembered(self, name: str) -> np.ndarray:
         """A number a shard that follows from the text, int64 [shards]: -1 where nobody has written it yet.

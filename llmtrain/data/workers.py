@@ -169,6 +169,8 @@ class Crew:
         self._ordered, self._stopped = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
+        self.heard = 0
+        """Messages of the workers so far: as long as they come, parts are being made."""
         self._fault: Preparation | None = None
         """Whose text was at fault, where it was one's."""
 
@@ -320,6 +322,7 @@ class Crew:
     def _hear(self, worker: _Worker, kind: str, *content: Any) -> None:
         job = worker.job
         assert job is not None
+        self.heard += 1
         if kind == "progress":
             self._tell(*content[0])
             return

@@ -38,6 +38,7 @@ from llmtrain.training.config import TrainConfig
 from llmtrain.training.corruption import CorruptionCheck
 from llmtrain.training.engine.config import ResolvedPrecision
 from llmtrain.training.engine.engine import Engine, build_engine
+from llmtrain.training.goodput import Goodput
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.loggers import Logger
 from llmtrain.training.run_directory import RunDirectory
@@ -80,6 +81,11 @@ class Run:
     """Whether text may still be on its way when a step needs it; the same on every rank."""
     reported: float = -math.inf
     """When the last report was written, on the monotonic clock."""
+
+    @property
+    def goodput(self) -> Goodput:
+        """What the time of the run was spent on."""
+        return self.heart.goodput
 
     @property
     def finished(self) -> bool:

@@ -35,6 +35,7 @@ TABLE: dict[str, tuple[Rule, str]] = {
     "max_steps": ("safe", "the schedule and the intervals follow it"),
     "micro_batch_size": ("safe", "accumulation makes up for it"),
     "log_every": ("safe", "watches only"),
+    "hang_timeout": ("safe", "watches only"),
     "profile": ("safe", "watches only"),
     "callbacks": ("safe", "watches only"),
     "logger": ("safe", "watches only"),

@@ -72,6 +72,7 @@ class TrainConfig(Config):
     resume: str
     resume_changes: list[str]
     log_every: Count
+    hang_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     model: ModelConfig
     tokenizer: choice(TokenizerConfig, SentencePieceConfig, HuggingFaceConfig, BytesConfig)  # type: ignore[valid-type]
     data: DataConfig

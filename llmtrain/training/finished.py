@@ -94,6 +94,7 @@ class MissingShards:
     """
 
     error: UserError | None = None
+    heard = 0
 
     def __init__(self, directory: RunDirectory, tokenizer: Tokenizer, *, waits: bool) -> None:
         self._directory, self._tokenizer, self._waits = directory, tokenizer, waits

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
+
+import psutil
+
+from llmtrain.training.goodput import Goodput
 
 Phase = Literal[
     "import", "prepare", "build", "verify", "load",
     "data", "forward", "backward", "reduce", "read", "eval", "save",
 ]  # fmt: skip
-"""What a process does, in the order in which it comes to it, within a step or before the first."""
-
-PHASES: tuple[Phase, ...] = get_args(Phase)
+"""What a process does, in the order in which it comes to it, before its first step or within one."""
 
 
 class Beat(NamedTuple):
@@ -21,6 +23,8 @@ class Beat(NamedTuple):
     phase: Phase
     step: int
     """The step that is under way; 0 before there is one."""
+    turn: int
+    """Changes of phase since the step began: the same on every rank that has come equally far."""
     at: float
     """On the monotonic clock."""
 
@@ -28,11 +32,14 @@ class Beat(NamedTuple):
 class Heart:
     """The newest beat of this rank. Any thread may read `last`; only the one that trains calls `beat`."""
 
-    def __init__(self, spent: Callable[[Beat, float], None] = lambda beat, seconds: None) -> None:
-        self.last = Beat("build", 0, time.monotonic())
+    def __init__(self) -> None:
+        now = time.monotonic()
+        self.started = psutil.Process().create_time()
+        """When this process began, on the wall clock."""
+        self.last = Beat("import", 0, 0, now - (time.time() - self.started))
         self.source: Callable[[], str] = str
         """Says which source's text is awaited; empty where none is."""
-        self._spent = spent
+        self.goodput = Goodput()
 
     def beat(self, phase: Phase, step: int | None = None) -> None:
         """The rank has come to `phase`, of `step` or of the step it was in; costs about a microsecond.
@@ -40,5 +47,8 @@ class Heart:
         Long loops call it on every turn: who has not beaten for `hang_timeout` hangs.
         """
         last, now = self.last, time.monotonic()
-        self.last = Beat(phase, last.step if step is None else step, now)
-        self._spent(last, now - last.at)
+        if step is None or step == last.step:
+            self.last = Beat(phase, last.step, last.turn + (phase != last.phase), now)
+        else:
+            self.last = Beat(phase, step, 0, now)
+        self.goodput.spend(last.phase, last.step, now - last.at)

@@ -33,7 +33,7 @@ def step_metrics(run: Run, step: int, result: StepResult, lr: float, seconds: fl
     line["perf/tokens_per_second"] = tokens / seconds
     line["perf/step_seconds"] = seconds
     line["perf/mfu"] = model_flops_utilisation(run, tokens / seconds)
-    return line
+    return line | run.goodput.as_metrics()
 
 
 def _mean(loss: float, targets: float) -> float:

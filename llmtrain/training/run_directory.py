@@ -24,6 +24,8 @@ from llmtrain.files import sync
 
 logger = logging.getLogger(__name__)
 
+HEARTBEATS = "heartbeats"
+
 LOOK, LONGEST_LOOK = 0.01, 5.0
 """Seconds that `is_locked` may hold a lock of its own; one that is held longer counts as a run's."""
 
@@ -73,6 +75,14 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def heartbeats(self) -> Path:
+        return self.path / HEARTBEATS
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
 
     @property
     def done(self) -> Path:
@@ -133,13 +143,14 @@ class RunDirectory:
     def set_aside(self) -> Path | None:
         """Rename an older run to the next free `<name>.1`, `<name>.2`, ... so that nothing of it is lost.
 
-        Returns the new place, or None where there was nothing but the lock. A lock that is held stays held.
+        Returns the new place, or None where there was nothing but the lock and
+        heartbeats. A lock that is held stays held.
         """
         held = self._lock is not None
         if not held:
             self.lock()
         place = None
-        if any(entry.name != ".lock" for entry in self.path.iterdir()):
+        if any(entry.name not in (".lock", HEARTBEATS) for entry in self.path.iterdir()):
             place = self._next_free()
             self.path.rename(place)
             self.unlock()

@@ -57,6 +57,7 @@ def fit(run: Run) -> None:
         batches = run.dataset.batches(run.step + 1, run.world.rank, run.world.world_size, pin)
         gc.collect()
         gc.freeze()  # what a run is built of stays: the collection at each save need not look at it
+        run.heart.source = lambda: "" if batches.upcoming.done() else run.dataset.asked.name
         _loop(run, ends.enter_context(closing(batches)))
 
 
@@ -112,6 +113,7 @@ def _settle(run: Run, launched: Launched, due: Sequence[Callback] = (), saves: b
     step, result = launched.step, launched.pending.result()
     run.skipped = 0 if result.applied else run.skipped + 1
     run.stop.agreed = result.stop
+    run.goodput.trained = max(run.goodput.trained, step)
     run.losses.add(result)
     last = step == run.step and (run.finished or result.stop)
     logged = due or last or run.skipped or step % run.config.log_every == 0
@@ -140,7 +142,9 @@ def _load(run: Run, batches: Batches, due: Sequence[Callback]) -> bool:
     run.heart.beat("data", step)
     if not run.waits:
         for callback in due:
+            run.heart.beat("eval")
             callback.load(run, step)
+        run.heart.beat("data")
         return True
     reader = ThreadPoolExecutor(1, thread_name_prefix="llmtrain-callbacks")
     loads = [reader.submit(callback.load, run, step) for callback in due]
@@ -152,17 +156,21 @@ def _await(run: Run, loads: Sequence[Future[Any]]) -> bool:
     """Wait until every rank has loaded its text; False where somebody asked to stop while some had not.
 
     All ranks agree about it, so that none stands in a collective for one that never comes. The step that is
-    done is saved first, also where a rank's text cannot be read, which ends the run.
+    done is saved first, also where a rank's text cannot be read, which ends the run. As long as more text
+    comes to some rank, none hangs.
     """
     prepared, sources = run.prepared, run.train_sources.values()
-    waited = False
+    waited, come = False, None
     while True:
         done, missing = wait(loads, DATA_POLL)
         errors = [load.exception() for load in done] + ([prepared.error] if missing else [])
         error = next(filter(None, errors), None)
         growing = prepared.is_remote or not all(source.complete for source in sources)
-        flags = bool(missing), error is not None, run.stop.requested, growing
-        waiting, failed, stop, growing = _any_rank(run, *flags)
+        before, come = come, prepared.come
+        flags = bool(missing), error is not None, run.stop.requested, growing, come != before
+        waiting, failed, stop, growing, moves = _any_rank(run, *flags)
+        if moves:
+            run.heart.beat("data")
         if (failed or (stop and waiting)) and run.step:
             save(run)
         if error is not None:
@@ -212,7 +220,9 @@ def _leave_out(run: Run, step: int) -> None:
 def begin(run: Run) -> None:
     """Load the checkpoint to go on from, and write down what starts. Nothing was changed on disk before."""
     if run.checkpoint is not None:
+        run.heart.beat("load")
         load_checkpoint(run.checkpoint, run.engine, run.world)
+        run.heart.beat("build")
         logger.info("resumed after step %d from %s", run.step, run.checkpoint)
         if run.finished:
             logger.info(
@@ -232,6 +242,7 @@ def begin(run: Run) -> None:
     before = directory.read_json("data/prepared.json") or {}
     directory.write_json("data/prepared.json", before | run.prepared.as_dict())  # `where` knows removed ones
     directory.write_json("data/order.json", run.dataset.state(run.step))
+    run.heart.beat("build")
     directory.append_event(
         "start" if run.checkpoint is None else "resume",
         step=run.step,
@@ -243,6 +254,7 @@ def begin(run: Run) -> None:
         micro_batch_size=run.config.micro_batch_size,
         gradient_accumulation_steps=run.engine.accumulation,
         **({"changes": [change.as_dict() for change in run.changed]} if run.changed else {}),
+        seconds=run.goodput.start,
     )
     run.loggers = run.config.logger.build(directory, run.config, run.step)
 

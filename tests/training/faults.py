@@ -8,6 +8,7 @@ import torch
 
 from llmtrain.data.batch import Batch
 from llmtrain.training.engine.engine import Engine
+from llmtrain.training.heartbeat import Heart, Phase
 
 STEP = "LLMTRAIN_TEST_FAULT_STEP"
 """The step after which the fault comes."""
@@ -64,3 +65,22 @@ def _perturb(engine: Engine, always: bool) -> None:
         return rows
 
     Engine.loss = wrong
+
+
+# Hangs
+
+PHASE = "LLMTRAIN_TEST_FAULT_PHASE"
+"""The phase of a step in which rank 1 stands still."""
+
+
+def stand_still() -> None:
+    """Rank 1 comes to a phase of a step (STEP) and never gets on."""
+    if os.environ["RANK"] == "1":
+        beat = Heart.beat
+
+        def beat_once(self: Heart, phase: Phase, step: int | None = None) -> None:
+            beat(self, phase, step)
+            if (phase, self.last.step) == (os.environ[PHASE], int(os.environ[STEP])):
+                os.read(os.pipe()[0], 1)
+
+        Heart.beat = beat_once

@@ -243,6 +243,7 @@ ELSEWHERE: dict[str, str] = {
         for key in names
     },
     "profile.steps": "tests/training/test_profile.py::test_the_steps_of_a_profile_are_traced",
+    "hang_timeout": "tests/training/test_hang.py::test_a_rank_that_is_stopped_is_named",
     "corruption_check.every": "tests/training/test_corruption.py::test_a_flipped_bit_ends_the_run",
     "profile.from_step": "tests/training/test_profile.py::test_the_steps_of_a_profile_are_traced",
     "deepspeed.disable_python_gc": f"{DEEPSPEED}::test_python_s_garbage_collector_stays_off_until_a_save",

@@ -12,6 +12,7 @@ from llmtrain.data.prepare import prepare
 from llmtrain.evaluate import main as evaluate_main
 from llmtrain.training.build import build_dataset
 from llmtrain.training.config import TrainConfig
+from llmtrain.training.goodput import PARTS
 
 KEYS = {
     *("step", "train/loss", "train/grad_norm", "train/lr", "train/tokens"),
@@ -20,7 +21,8 @@ KEYS = {
         for key in ("train/loss", "data/tokens", "data/share", "data/epochs")
         for name in ("code", "prose")
     ),
-    *("perf/tokens_per_second", "perf/step_seconds", "perf/mfu"),
+    *("perf/tokens_per_second", "perf/step_seconds", "perf/mfu", "goodput/share"),
+    *(f"goodput/{part}_seconds" for part in PARTS),
 }
 
 

@@ -1,0 +1,295 @@
+"""Every rank watches itself: a heartbeat in a file, and an end where the job hangs or this rank fails.
+
+    heartbeats/rank_00000.json   host, pid, phase, step, seconds since the last beat, time; rank 0: goodput
+    heartbeats/hang.json         who found that the job hangs; every rank that sees it ends
+    stacks/rank_00000.txt        the stacks of all threads of a rank when the job hung
+    crash-rank0.json             what a rank failed of
+
+A watchdog is a thread: it lives as long as its process does, whatever the training thread waits for.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmtrain import distributed
+from llmtrain.config import ExitCode, UserError
+from llmtrain.config.secrets import redact
+from llmtrain.distributed import World
+from llmtrain.training.goodput import Account, account_before
+from llmtrain.training.hang import Vital, verdict
+from llmtrain.training.heartbeat import Heart
+from llmtrain.training.run_directory import RunDirectory, write_atomically
+
+logger = logging.getLogger(__name__)
+
+TICKS, SLOWEST_TICK = 10, 5.0
+"""Heartbeats within `hang_timeout`, and the longest time between two, in seconds."""
+
+ANSWER_TICKS, ANSWER_SECONDS = 3, 2.0
+"""How long ranks have to answer when one finds that the job hangs."""
+
+COLLECTIVE = re.compile(r"gloo|nccl|processgroup|connection (closed|reset|refused)", re.IGNORECASE)
+COMMUNICATION = re.compile(r"/(torch/distributed|deepspeed/comm)/")
+"""Files whose functions talk to other ranks."""
+
+TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+"""In what torch says where ranks talk to each other."""
+
+
+def longest_wait(hang_timeout: float | None) -> float | None:
+    """Seconds after which ranks get an error that wait for others: the watchdog has the first word."""
+    return None if hang_timeout is None else 2 * hang_timeout + 60
+
+
+@contextmanager
+def watched(
+    directory: RunDirectory, world: World, heart: Heart, hang_timeout: float | None, *, goes_on: bool
+) -> Iterator[None]:
+    """Watch this rank until its work is done; collective. What it fails of is kept in the run directory.
+
+    `goes_on`: what earlier processes spent there counts as this run's. A rank that fails because another one
+    did says so in one line, and leaves the word to that one.
+    """
+    job = distributed.broadcast_object(uuid.uuid4().hex)
+    watchdog = Watchdog(directory, world, heart, hang_timeout, job)
+    if world.is_main and goes_on:
+        heart.goodput.go_on(watchdog.account_before(), heart.started)
+    watchdog.start()
+    try:
+        yield
+    except Exception as error:
+        watchdog.end_if_hung(error)
+        if isinstance(error, UserError) and error.exit_code in (ExitCode.PREEMPTED, ExitCode.REWIND):
+            raise
+        secondary = _is_collective(error)
+        watchdog.keep_crash(error, secondary)
+        if not secondary:
+            raise
+        raise UserError(f"another rank failed: {watchdog.first_crash(error)}", exit_code=1) from error
+    finally:
+        watchdog.stop()
+
+
+class Watchdog:
+    """The heartbeat of this rank, and its end by exit code 86 where no training thread moves any more.
+
+    `job` names this start of the job: what others wrote before means nothing. Without `timeout` nothing is
+    ended, and the heartbeat is written all the same.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, world: World, heart: Heart, timeout: float | None, job: str
+    ) -> None:
+        self._directory, self._world, self._heart = directory, world, heart
+        self._timeout, self._job = timeout, job
+        self._tick = min(SLOWEST_TICK, timeout / TICKS) if timeout else SLOWEST_TICK
+        self._host = socket.gethostname()
+        self._stopped, self._hung = threading.Event(), threading.Event()
+        self._complained = False
+        self._thread = threading.Thread(target=self._watch, name="llmtrain-watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more; the last heartbeat says how far this rank came."""
+        self._stopped.set()
+        self._thread.join()
+        self._write()
+
+    def end_if_hung(self, error: Exception) -> None:
+        """End by exit code 86 where `error` only follows from a hang: the watchdog has the word."""
+        if self._timeout and (_is_collective(error) and TIMED_OUT.search(str(error))):
+            self._hung.set()
+        if self._hung.is_set() or (self._timeout and self._marker() is not None):
+            self._hung.set()
+            self._thread.join()
+
+    def account_before(self) -> Account | None:
+        """What earlier processes spent, before this one writes a heartbeat; None where there were none."""
+        directory = self._directory
+        return account_before(
+            directory.read_metrics(), directory.read_events(), _read(self._file(self._world.rank)) or {}
+        )
+
+    # The heartbeat
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._tick if not self._hung.is_set() else 0):
+            self._write()
+            late = time.monotonic() - self._heart.last.at
+            if self._timeout and (late > self._timeout or self._hung.is_set() or self._marker()):
+                self._end()
+
+    def _write(self, answers: bool = False) -> None:
+        last, now = self._heart.last, time.monotonic()
+        said: dict[str, Any] = {
+            "job": self._job,
+            "rank": self._world.rank,
+            "host": self._host,
+            "pid": os.getpid(),
+            "phase": last.phase,
+            "step": last.step,
+            "turn": last.turn,
+            "waits": _is_in_collective(),
+            "source": self._heart.source() if last.phase == "data" else "",
+            "seconds": now - last.at,
+            "time": time.time(),
+            "answers": answers,
+        }
+        if self._world.is_main:
+            goodput = self._heart.goodput
+            spent = dict(goodput.seconds)
+            spent[goodput.part(last.phase, last.step)] += now - last.at
+            said |= {"goodput": spent, "trained": goodput.trained}
+        self._put(self._file(self._world.rank), said)
+
+    def _file(self, rank: int) -> Path:
+        return self._directory.heartbeats / f"rank_{rank:05d}.json"
+
+    def _put(self, file: Path, value: dict[str, Any]) -> None:
+        """A disk that is full for a while is no reason to end; who is silent for it will be named."""
+        try:
+            write_atomically(file, json.dumps(value) + "\n")
+        except OSError as error:
+            if not self._complained:
+                logger.warning("%s: no heartbeat can be written: %s", file, error)
+            self._complained = True
+
+    # The end
+
+    def _marker(self) -> dict[str, Any] | None:
+        """What a rank of this job wrote that found it hung."""
+        found = _read(self._directory.heartbeats / HANG)
+        return found if found and found["job"] == self._job else None
+
+    def _end(self) -> NoReturn:
+        """Leave the stacks, have the lowest rank that answers say who hangs, and exit."""
+        self._hung.set()
+        marker = self._directory.heartbeats / HANG
+        if self._marker() is None:
+            self._put(marker, {"job": self._job, "rank": self._world.rank})
+        self._write(answers=True)
+        self._dump_stacks()
+        patience = ANSWER_TICKS * self._tick + ANSWER_SECONDS
+        self._await(patience, lambda: len(self._answers()) == self._world.world_size)
+        if min(self._answers(), default=self._world.rank) >= self._world.rank:
+            self._speak()
+            self._put(marker, {"job": self._job, "rank": self._world.rank, "said": True})
+        self._await(patience, lambda: "said" in (self._marker() or {}))
+        os._exit(ExitCode.HANG)
+
+    def _await(self, seconds: float, come: Any) -> None:
+        deadline = time.monotonic() + seconds
+        while not come() and time.monotonic() < deadline:
+            time.sleep(self._tick / TICKS)
+
+    def _heartbeats(self) -> dict[int, dict[str, Any]]:
+        """The heartbeats of this job's ranks."""
+        found = {rank: _read(self._file(rank)) for rank in range(self._world.world_size)}
+        return {rank: one for rank, one in found.items() if one and one["job"] == self._job}
+
+    def _answers(self) -> list[int]:
+        return [rank for rank, one in self._heartbeats().items() if one["answers"]]
+
+    def _speak(self) -> None:
+        beats, now = self._heartbeats(), time.time()
+        sentence = verdict(
+            [
+                Vital.of(rank, beats.get(rank), answers=rank in beats and beats[rank]["answers"], now=now)
+                for rank in range(self._world.world_size)
+            ]
+        )
+        stacks = self._directory.stacks
+        sys.stderr.write(f"error: hang: {sentence} (hang_timeout={self._timeout:g}); stacks: {stacks}\n")
+        sys.stderr.flush()
+        step = max((one["step"] for one in beats.values()), default=self._heart.last.step)
+        try:
+            self._directory.append_event("hang", step=step, verdict=sentence, ranks=len(beats))
+        except OSError as error:
+            logger.warning("%s: %s", self._directory.events, error)
+
+    def _dump_stacks(self) -> None:
+        try:
+            self._directory.stacks.mkdir(exist_ok=True)
+            with (self._directory.stacks / f"rank_{self._world.rank:05d}.txt").open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            logger.warning("%s: no stacks can be written: %s", self._directory.stacks, error)
+
+    # Crashes
+
+    def keep_crash(self, error: Exception, secondary: bool) -> None:
+        """Write crash-rank<r>.json; `secondary`: the error follows from another rank's."""
+        last = self._heart.last
+        crash = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "job": self._job,
+            "host": self._host,
+            "rank": self._world.rank,
+            "step": last.step,
+            "phase": last.phase,
+            "secondary": secondary,
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)).splitlines(),
+        }
+        try:
+            self._directory.write_json(f"crash-rank{self._world.rank}.json", redact(crash))
+        except OSError as cause:
+            logger.warning("%s: no crash file can be written: %s", self._directory.path, cause)
+
+    def first_crash(self, error: Exception) -> str:
+        """What the rank failed of that failed first, as far as it could say it."""
+        for file in sorted(self._directory.path.glob("crash-rank*.json")):
+            crash = _read(file)
+            if crash and crash["job"] == self._job and not crash["secondary"]:
+                first = crash["message"].partition("\n")[0]
+                return f"rank {crash['rank']} on host {crash['host']}: {crash['type']}: {first}; see {file}"
+        return f"it is gone without a word, killed or with its node; this rank noticed by: {error}"
+
+
+HANG = "hang.json"
+
+
+def _is_collective(error: BaseException) -> bool:
+    """Whether torch complains of other ranks."""
+    from torch.distributed import DistError
+
+    is_torch = isinstance(error, RuntimeError) and COLLECTIVE.search(str(error)) is not None
+    return isinstance(error, DistError) or is_torch
+
+
+def _is_in_collective() -> bool:
+    """Whether the training thread waits for other ranks, as far as its Python stack shows it."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if COMMUNICATION.search(frame.f_code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """The JSON of a file that others replace; None where there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
