@@ -32,7 +32,15 @@ from llmtrain.training.callbacks.prediction import PredictionCallback
 from llmtrain.training.callbacks.profile import ProfileCallback
 from llmtrain.training.callbacks.samples import SampleCallback
 from llmtrain.training.changes import Change, changes, check_changes, tell_changes
-from llmtrain.training.checkpoint import checkpoints, find_checkpoint, read_record
+from llmtrain.training.checkpoint import (
+    DamagedError,
+    Saver,
+    check_space,
+    checkpoints,
+    choose,
+    find_checkpoint,
+    read_record,
+)
 from llmtrain.training.clock import StepClock
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.corruption import CorruptionCheck
@@ -42,7 +50,10 @@ from llmtrain.training.goodput import Goodput
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.loggers import Logger
 from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.saver import build_saver
 from llmtrain.training.signals import StopRequest
+from llmtrain.training.sizing.memory import checkpoint_bytes
+from llmtrain.training.sizing.model import Model
 from llmtrain.training.source_losses import SourceLosses
 
 logger = logging.getLogger(__name__)
@@ -65,9 +76,12 @@ class Run:
     callbacks: Sequence[Callback]
     prepared: Prepared
     checkpoint: Path | None
-    """What the run goes on from."""
+    """What the run goes on from; every byte of it was verified."""
     changed: Sequence[Change]
     """In which settings that checkpoint was another run's."""
+    rejected: Sequence[DamagedError]
+    """Newer checkpoints that were not whole."""
+    saver: Saver
     stop: StopRequest
     clock: StepClock
     heart: Heart
@@ -176,13 +190,18 @@ def build_run(
     train_sources, held_out = open_alike(prepared)
     dataset = build_dataset(config, train_sources)
     precision = precision_here(config)
-    checkpoint = distributed.broadcast_object(find_checkpoint(config.resume, directory.checkpoints))
-    if checkpoint is not None:
-        saved = read_record(checkpoint)
+    heart.beat("verify")
+    chosen = choose(config.resume, directory.checkpoints, world)
+    checkpoint = chosen.path if chosen else None
+    if chosen is not None:
+        saved = chosen.record
         changed = changes(saved, describe_run(config, world, tokenizer, precision))
-        check_changes(checkpoint, changed, config.resume_changes)
-        tell_changes(checkpoint, changed)
+        check_changes(chosen.path, changed, config.resume_changes)
+        tell_changes(chosen.path, changed)
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
+    size = checkpoint_bytes(Model.of(config, tokenizer.vocab_size))
+    check_space(directory.checkpoints, size, config.checkpoint)
+    heart.beat("build")
     engine = build_model_engine(
         config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
     )
@@ -209,6 +228,8 @@ def build_run(
         prepared=prepared,
         checkpoint=checkpoint,
         changed=changed,
+        rejected=chosen.rejected if chosen else (),
+        saver=build_saver(config.checkpoint, world, directory, heart, checkpoint=checkpoint, step=step),
         stop=stop,
         clock=StepClock(engine.device, step),
         heart=heart,

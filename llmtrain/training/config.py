@@ -29,7 +29,7 @@ from llmtrain.training.callbacks.evaluation import EvaluationConfig
 from llmtrain.training.callbacks.profile import ProfileConfig
 from llmtrain.training.callbacks.samples import SampleConfig
 from llmtrain.training.changes import check_permissions
-from llmtrain.training.checkpoint import CheckpointConfig
+from llmtrain.training.checkpoint.config import CheckpointConfig
 from llmtrain.training.corruption import CorruptionConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, Precision, ResolvedPrecision
 from llmtrain.training.engine.optimizers import check_muon

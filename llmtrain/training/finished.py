@@ -24,9 +24,14 @@ from llmtrain.data.shards import ShardedSource
 from llmtrain.data.tokenizing import make
 from llmtrain.model import Decoder
 from llmtrain.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.training.checkpoint import checkpoints, read_record
+from llmtrain.training.checkpoint import (
+    CheckpointWeights,
+    checkpoints,
+    newest_verified,
+    read_record,
+    verified_checkpoint,
+)
 from llmtrain.training.config import TrainConfig
-from llmtrain.training.engine.weights import CheckpointWeights
 from llmtrain.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -168,16 +173,21 @@ def open_finished(path: Path, step: int | None = None) -> FinishedRun:
     Works for a running run too, whatever ZeRO stage and number of ranks wrote it.
     """
     config = read_config(path)
-    found = dict(checkpoints(path / "checkpoints"))
-    if not found:
-        raise UserError(f"{path}: no checkpoint in it yet")
-    step = max(found) if step is None else step
-    if step not in found:
-        raise UserError(f"{path}: no checkpoint of step {step}; there are {', '.join(map(str, found))}")
-    record = read_record(found[step])
+    checkpoint = _verified(path, step)
+    record = read_record(checkpoint)
     tokenizer = load_tokenizer(path / "tokenizer")
-    weights = CheckpointWeights(found[step], record["stage"])
-    return FinishedRun(path, step, config, tokenizer, weights, record)
+    return FinishedRun(path, record["step"], config, tokenizer, CheckpointWeights(checkpoint), record)
+
+
+def _verified(path: Path, step: int | None) -> Path:
+    """The checkpoint of `step`, or the newest that is whole."""
+    if step is None:
+        return newest_verified(path / "checkpoints")
+    found = dict(checkpoints(path / "checkpoints"))
+    if step not in found:
+        there = f"there are {', '.join(map(str, found))}" if found else "there is none yet"
+        raise UserError(f"{path}: no checkpoint of step {step}; {there}")
+    return verified_checkpoint(found[step])
 
 
 def read_config(path: Path) -> TrainConfig:

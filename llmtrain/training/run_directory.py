@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -10,8 +11,9 @@ import math
 import os
 import shutil
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ LOOK, LONGEST_LOOK = 0.01, 5.0
 """Seconds that `is_locked` may hold a lock of its own; one that is held longer counts as a run's."""
 
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a disk says that is full, or failing."""
+
+
 class RunDirectory:
     """The files of one run; making the object touches nothing, `lock` creates the directory.
 
@@ -39,6 +45,8 @@ class RunDirectory:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._lock: int | None = None
+        self._late: dict[Path, bytes] = {}
+        self._writing = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -170,11 +178,25 @@ class RunDirectory:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl in one write: floats in full precision, not-finite ones as null."""
-        _append(self.metrics, line)
+        self._append(self.metrics, line)
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Add one line {time, event, ...fields} to events.jsonl."""
-        _append(self.events, redact({"time": _now(), "event": kind, **fields}))
+        self._append(self.events, redact({"time": _now(), "event": kind, **fields}))
+
+    def _append(self, file: Path, line: Mapping[str, Any]) -> None:
+        """In one write; what the disk refuses is kept, and written before the next line."""
+        with self._writing:
+            late = self._late.pop(file, b"")
+            data = late + json.dumps(_finite(line), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            try:
+                _append(file, data)
+            except OSError as error:
+                if error.errno not in REFUSALS:
+                    raise
+                if not late:
+                    logger.warning("%s: %s; its lines are kept until there is room", file, error.strerror)
+                self._late[file] = data
 
     def cut_unterminated(self) -> None:
         """Cut an unterminated last line from metrics.jsonl and events.jsonl: its write was interrupted."""
@@ -290,12 +312,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _append(file: Path, line: Mapping[str, Any]) -> None:
-    data = json.dumps(_finite(line), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+def _append(file: Path, data: bytes) -> None:
+    """All of it or nothing."""
     with file.open("ab", buffering=0) as stream:  # O_APPEND and unbuffered: one line is one write
-        written = stream.write(data)
-    if written != len(data):
-        raise OSError(f"{file}: only {written} of {len(data)} bytes were written: is the disk full?")
+        size = os.fstat(stream.fileno()).st_size
+        if stream.write(data) != len(data):
+            stream.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+
+@contextlib.contextmanager
+def disk_may_refuse() -> Iterator[None]:
+    """What a disk that is full or failing refuses here is told, and ends nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        logger.warning("%s", error)
 
 
 def _cut(file: Path) -> int:

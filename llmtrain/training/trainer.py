@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
@@ -17,12 +16,12 @@ from llmtrain import distributed
 from llmtrain.config import ExitCode, UserError
 from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import Batches
-from llmtrain.training.build import Run, describe_run
+from llmtrain.training.build import Run
 from llmtrain.training.callbacks import Callback
-from llmtrain.training.checkpoint import load_checkpoint, save_checkpoint, sweep
+from llmtrain.training.checkpoint import abandon, checkpoints, sweep
 from llmtrain.training.engine.transfer import PendingStep
-from llmtrain.training.metrics import step_metrics, write_ledger
-from llmtrain.training.report import write_report
+from llmtrain.training.metrics import step_metrics
+from llmtrain.training.saves import load, report, save
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +30,6 @@ MAX_SKIPPED = 3
 
 DATA_POLL = 0.2
 """Seconds after which ranks whose text is not there look whether somebody wants to stop."""
-
-REPORT_SECONDS = 60.0
-"""A report is written with a checkpoint at most this often: it reads all the metrics so far."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,7 @@ def fit(run: Run) -> None:
         for callback in run.callbacks:
             ends.callback(callback.on_end, run)
             callback.on_start(run)
+        ends.enter_context(run.saver)
         pin = run.engine.device.type == "cuda"
         batches = run.dataset.batches(run.step + 1, run.world.rank, run.world.world_size, pin)
         gc.collect()
@@ -172,7 +169,7 @@ def _await(run: Run, loads: Sequence[Future[Any]]) -> bool:
         if moves:
             run.heart.beat("data")
         if (failed or (stop and waiting)) and run.step:
-            save(run)
+            save(run, wait=True)
         if error is not None:
             raise error
         if failed:
@@ -208,11 +205,11 @@ def _leave_out(run: Run, step: int) -> None:
         run.directory.append_event("skip", step=step, reason="gradient not finite")
         logger.warning("step %d left out: its gradient is not finite", step)
     if run.skipped >= MAX_SKIPPED:
-        save(run)
+        saved = save(run, wait=True)
         raise UserError(
             f"{run.skipped} steps in a row had a gradient that is not finite, the last one step {step}; "
-            "its checkpoint holds the weights from before them: go on with a lower optimizer.lr and "
-            "resume_changes=[optimizer.lr]",
+            f"{'its' if saved else 'the last'} checkpoint holds the weights from before them: "
+            "go on with a lower optimizer.lr and resume_changes=[optimizer.lr]",
             exit_code=ExitCode.NON_FINITE,
         )
 
@@ -220,8 +217,7 @@ def _leave_out(run: Run, step: int) -> None:
 def begin(run: Run) -> None:
     """Load the checkpoint to go on from, and write down what starts. Nothing was changed on disk before."""
     if run.checkpoint is not None:
-        run.heart.beat("load")
-        load_checkpoint(run.checkpoint, run.engine, run.world)
+        load(run, run.checkpoint)
         run.heart.beat("build")
         logger.info("resumed after step %d from %s", run.step, run.checkpoint)
         if run.finished:
@@ -237,6 +233,9 @@ def begin(run: Run) -> None:
     directory.clear_done()
     directory.cut_unterminated()
     sweep(directory.checkpoints)
+    abandon(directory.checkpoints, after=run.step)
+    if run.rejected:
+        directory.append_event("rejected", rejected=[damaged.as_dict() for damaged in run.rejected])
     directory.write_config(run.config)
     run.tokenizer.save(directory.path / "tokenizer")
     before = directory.read_json("data/prepared.json") or {}
@@ -259,45 +258,6 @@ def begin(run: Run) -> None:
     run.loggers = run.config.logger.build(directory, run.config, run.step)
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint of the step just done, and the ledger and the report beside it."""
-    run.corruption.check(run)
-    began = time.perf_counter()
-    run.heart.beat("save")
-    if run.world.is_main:
-        run.directory.sync()
-    record = {
-        "step": run.step,
-        **describe_run(run.config, run.world, run.tokenizer, run.precision),
-        "data": run.dataset.state(run.step),
-    }
-    keep = run.config.checkpoint.keep
-    path = save_checkpoint(run.directory.checkpoints, run.engine, run.world, record, keep)
-    if run.world.is_main:
-        seconds = time.perf_counter() - began
-        run.directory.append_event("save", step=run.step, path=path.name, seconds=seconds)
-        write_ledger(run)
-        keep_bad_records(run)
-        if time.monotonic() - run.reported > REPORT_SECONDS:
-            report(run)
-
-
-def keep_bad_records(run: Run) -> None:
-    """Put what preparation set aside into the run directory, as far as it has come."""
-    for name in run.prepared.sources if run.config.data.bad_records == "quarantine" else ():
-        for file in run.prepared.quarantine(name):
-            run.directory.keep(file, f"data/quarantine/{name}/{file.name}")
-
-
-def report(run: Run) -> None:
-    """Write report.html; what goes wrong there is told and ends nothing."""
-    run.reported = time.monotonic()
-    try:
-        write_report(run.directory.path)
-    except Exception as error:  # days of training are worth more than any page
-        logger.warning("no report: %s: %s", type(error).__name__, error)
-
-
 def finish(run: Run) -> int:
     """Close the run; returns the exit code of the process."""
     run.engine.close()
@@ -306,6 +266,8 @@ def finish(run: Run) -> int:
         run.directory.append_event("end" if run.finished else "signal", step=run.step, **signal)
         report(run)
         logger.info("report: %s", run.directory.report)
+    if run.saver.failures:
+        return _end_unsaved(run)
     if not run.finished:
         again = "resume=auto" if run.config.resume == "never" else "the same command"
         logger.info("stopped after step %d; %s goes on from there", run.step, again)
@@ -313,3 +275,15 @@ def finish(run: Run) -> int:
     if run.world.is_main:
         run.directory.mark_done()
     return ExitCode.OK
+
+
+def _end_unsaved(run: Run) -> int:
+    """Say that the last step could not be saved, and from where the run goes on; returns the exit code."""
+    found = checkpoints(run.directory.checkpoints)
+    from_where = f"step {found[-1][0]}" if found else "the beginning"
+    if run.world.is_main:
+        logger.error(
+            "ended after step %d, which is not saved: %s; the same command goes on from %s",
+            run.step, run.saver.failures[-1], from_where,
+        )  # fmt: skip
+    return 1

@@ -1,7 +1,7 @@
 """How much memory an export takes, beside the size of what it writes: python -m tests.training.export_memory.
 
-Writes engine files of a run that never was (ZeRO 2, two ranks), exports them, and reads the export back, each
-in a process of its own. What is counted is memory of the process's own: pages of mapped files can be dropped.
+Writes a checkpoint of a run that never was, exports it, and reads the export back, each in a process of its
+own. What is counted is memory of the process's own: pages of mapped files can be dropped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ from llmtrain.config.hydra import compose
 from llmtrain.model import DecoderConfig
 from llmtrain.model.huggingface import Pretrained, write_pretrained
 from llmtrain.model.huggingface.reading import Weights
+from llmtrain.training.checkpoint import CheckpointWeights
 from llmtrain.training.config import TrainConfig
-from llmtrain.training.engine.weights import CheckpointWeights
+from llmtrain.training.engine.state import EngineState, Piece
+from tests.training.checkpoint.small import saver
 
 VOCABULARY, SEQ_LEN, SHARD_GB = 50257, 1024, 0.25
 
@@ -32,26 +35,23 @@ def decoder_config() -> DecoderConfig:
 
 
 def write_checkpoint(directory: Path) -> float:
-    """Engine files as DeepSpeed writes them, moments included; returns the GB of the fp32 weights."""
+    """A checkpoint as a run writes it, with one moment; returns the GB of the fp32 weights."""
     with torch.device("meta"):
         model = decoder_config().assemble(vocab_size=VOCABULARY, seq_len=SEQ_LEN)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    count = -(-sum(shape.numel() for shape in shapes.values()) // 4) * 2  # of one of two ranks, aligned to 4
-    (directory / "engine").mkdir(parents=True)
-    state = {"module": {}, "param_shapes": [shapes]}
-    torch.save(state, directory / "engine" / "mp_rank_00_model_states.pt")
-    for rank in range(2):
-        part = {"single_partition_of_fp32_groups": [torch.rand(count)], "exp_avg": torch.rand(count)}
-        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        torch.save({"optimizer_state_dict": part}, directory / "engine" / name)
-    return 8 * count / 1e9
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    pieces = [
+        Piece(name, 0, {"weight": torch.rand(prod(shape)), "exp_avg": torch.rand(prod(shape))})
+        for name, shape in shapes.items()
+    ]
+    saver(directory).save(EngineState(pieces, shapes, {}), {"step": 1, "world_size": 1})
+    return 4 * sum(map(prod, shapes.values())) / 1e9
 
 
 def export(directory: Path) -> None:
     write_pretrained(
         directory / "exported",
         decoder_config(),
-        CheckpointWeights(directory, stage=2),
+        CheckpointWeights(directory / "step_00000001"),
         vocab_size=VOCABULARY,
         seq_len=SEQ_LEN,
         bos_id=None,

@@ -52,6 +52,13 @@ def checkpoints(run: Path) -> Any:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+def stood_still(run: Path) -> Any:
+    """Whether the run did for as long as its first save took."""
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    first = next(event for event in events if event["event"] == "save")
+    return first["stall_seconds"] == first["seconds"]
+
+
 def start(run: Path) -> Any:
     event = json.loads((run / "events.jsonl").read_text().splitlines()[0])
     return {key: value for key, value in event.items() if key != "time"}
@@ -190,10 +197,12 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
     "deepspeed.zero_optimization.stage": (
         [],
         ["deepspeed=zero3"],
-        lambda run: sorted(path.name for path in run.glob("checkpoints/*/engine/*")),
+        lambda run: {json.loads(file.read_text())["stage"] for file in run.rglob("checkpoint.json")},
     ),
     "checkpoint.every": ([], ["checkpoint.every=3"], checkpoints),
-    "checkpoint.keep": ([], ["checkpoint.keep=1"], checkpoints),
+    "checkpoint.keep": (["checkpoint.every=1"], ["checkpoint.keep=3"], checkpoints),
+    "checkpoint.keep_every": (["checkpoint.every=1"], ["checkpoint.keep_every=1"], checkpoints),
+    "checkpoint.asynchronous": ([], ["checkpoint.asynchronous=true"], stood_still),
     "callbacks.evaluation.every": ([], ["callbacks.evaluation.every=2"], evaluations),
     "callbacks.evaluation.documents": ([], ["callbacks.evaluation.documents=1"], held_out),
     "callbacks.sample.every": ([], ["callbacks.sample.every=2"], sampled),

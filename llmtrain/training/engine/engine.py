@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
 from llmtrain.training.engine.optimizers import build_optimizer
 from llmtrain.training.engine.state import EngineState, Read, read_state, restore_state
 from llmtrain.training.engine.transfer import PendingStep, Upload
-from llmtrain.training.engine.weights import allow_state_classes, write_enums_by_value
 from llmtrain.training.heartbeat import Phase
 
 
@@ -144,39 +142,6 @@ class Engine:
         self.beat("eval")
         self.deepspeed.eval()
         return self.deepspeed(input_ids.to(self.device), None, position_ids, cu_seqlens)
-
-    def save(self, directory: Path) -> None:
-        """Write this rank's part of the engine's state below `directory`, or raise what went wrong here.
-
-        DeepSpeed ends a save with a barrier: a rank that raised before it would leave the others waiting.
-        """
-        writer, errors = self.deepspeed.checkpoint_engine, []
-        write_enums_by_value()
-
-        def save(state_dict: Any, path: str) -> None:
-            try:
-                type(writer).save(writer, state_dict, path)
-            except (OSError, RuntimeError) as error:
-                errors.append(error)
-
-        writer.save = save
-        self.deepspeed.save_checkpoint(str(directory), tag="engine", save_latest=False)
-        self.deepspeed.collect_python_gc()  # `deepspeed.disable_python_gc` leaves cycles to this moment
-        if errors:
-            raise errors[0]
-
-    def load(self, directory: Path) -> None:
-        """Read back what `save` wrote with as many ranks and the same stage; no pickled code runs.
-
-        The optimizer's settings stay those of this run: DeepSpeed would bring back the saved ones.
-        """
-        groups = self.deepspeed.optimizer.param_groups
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        with allow_state_classes():
-            path, _ = self.deepspeed.load_checkpoint(str(directory), tag="engine")
-        assert path is not None, f"{directory} holds no engine state"
-        for group, ours in zip(self.deepspeed.optimizer.param_groups, settings, strict=True):
-            group.update(ours)
 
     def state(self) -> EngineState:
         """What this rank answers for, live, between two steps; see llmtrain/training/engine/state.py."""

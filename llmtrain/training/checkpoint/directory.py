@@ -1,0 +1,81 @@
+"""The checkpoints of a run as directories: which there are, which stay, and how they come and go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from llmtrain.files import sync
+from llmtrain.training.checkpoint.manifest import MANIFEST, Manifest, Stamp, directory_name
+
+TEMPORARY, TRASH, ABANDONED = ".tmp-", ".trash-", ".abandoned-"
+NAME = re.compile(r"step_(\d{8,})")
+FEWEST = 2
+"""Verified checkpoints that nothing ever removes."""
+
+
+def checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the complete checkpoints below `directory`, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [(NAME.fullmatch(path.name), path) for path in directory.iterdir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def publish(temporary: Path, step: int, files: dict[str, Stamp]) -> Path:
+    """Make files that are durable in `temporary` the checkpoint of `step`, seen whole or not at all."""
+    Manifest(step, files).write(temporary)
+    sync(temporary / MANIFEST)
+    sync(temporary)
+    final = temporary.with_name(directory_name(step))
+    temporary.rename(final)
+    sync(final.parent)
+    return final
+
+
+def retained(steps: Sequence[int], verified: Collection[int], keep: int, keep_every: int | None) -> set[int]:
+    """Steps that stay: the newest `keep`, every `keep_every`-th, and the newest two that were verified."""
+    ordered = sorted(steps)
+    trusted = [step for step in ordered if step in verified]
+    for_ever = {step for step in ordered if keep_every and step % keep_every == 0}
+    return {*ordered[-keep:], *trusted[-FEWEST:], *for_ever}
+
+
+def retire(directory: Path, verified: Collection[int], keep: int, keep_every: int | None) -> list[Path]:
+    """Remove what need not stay, now that there is a newer checkpoint; returns it."""
+    found = checkpoints(directory)
+    stay = retained([step for step, _ in found], verified, keep, keep_every)
+    gone = [path for step, path in found if step not in stay]
+    for path in gone:
+        remove(path)
+    for path in directory.glob(f"{ABANDONED}*"):
+        shutil.rmtree(path)
+    return gone
+
+
+def abandon(directory: Path, after: int) -> None:
+    """Take checkpoints of steps after `after` out of sight: the run goes on from there, and passes them anew.
+
+    They were damaged, or a rewind left them behind; the next checkpoint removes them for good.
+    """
+    for step, path in checkpoints(directory):
+        if step > after:
+            aside = path.with_name(ABANDONED + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def remove(checkpoint: Path) -> None:
+    """Renamed first, so that a checkpoint is never seen with half of its files."""
+    trash = checkpoint.with_name(TRASH + checkpoint.name)
+    checkpoint.rename(trash)
+    shutil.rmtree(trash)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what saves and removals that were interrupted left behind."""
+    for pattern in (f"{TEMPORARY}*", f"{TRASH}*"):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path)

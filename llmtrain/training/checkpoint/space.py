@@ -1,0 +1,32 @@
+"""Room on the disk for the checkpoints that a run will write."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from llmtrain import distributed
+from llmtrain.config import UserError
+from llmtrain.training.checkpoint.config import CheckpointConfig
+from llmtrain.training.checkpoint.directory import checkpoints
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that may be written in `directory`, which need not be there yet."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def check_space(directory: Path, size: int, config: CheckpointConfig) -> None:
+    """UserError where checkpoints of `size` bytes, as many as a run keeps at a time, will not fit.
+
+    Those that stand already count as room, as they go when newer ones come. One more than `checkpoint.keep`
+    is there while a save is under way. Collective: rank 0 looks, and all ranks say the same.
+    """
+    free, there = distributed.broadcast_object((free_bytes(directory), len(checkpoints(directory))))
+    coming = max(1, config.keep + 1 - there)
+    if coming * size > free:
+        raise UserError(
+            f"checkpoint.keep={config.keep}: {coming} checkpoints of {size:,} bytes need {coming * size:,} "
+            f"bytes in {directory}, where {free:,} are free; make room, or choose another output_dir"
+        )
