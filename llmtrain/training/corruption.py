@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 import socket
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from llmtrain import distributed
 from llmtrain.config import Config, ExitCode, UserError
 from llmtrain.data.batch import Batch
-from llmtrain.training.engine.replicas import checksum, replicas
+from llmtrain.training.engine.replicas import checksum, replicas, rounded
 
 if TYPE_CHECKING:
     from llmtrain.training.build import Run
@@ -40,10 +41,15 @@ class CorruptionConfig(Config):
 
 @dataclass(frozen=True)
 class Answer:
-    """What one rank says at a check; `losses`: bits of a micro-batch's row losses, computed twice."""
+    """What one rank says at a check.
+
+    checksums: of the replicas. strays: parameters whose weights are not its fp32 masters, rounded.
+    losses: bits of a micro-batch's row losses, computed twice.
+    """
 
     host: str
     checksums: Sequence[int]
+    strays: Sequence[str]
     losses: tuple[Sequence[int], Sequence[int]]
 
 
@@ -81,12 +87,10 @@ class CorruptionCheck:
         if not self._every or self._checked == run.step:
             return
         self._checked = run.step
-        held = list(replicas(run.engine))
-        sums = [checksum(tensor) for _, tensor in held]
+        names, sums = _read((name, checksum(tensor)) for name, tensor in replicas(run.engine))
         losses = _repeat(run.engine, self._batch, run.config.micro_batch_size)
-        own = Answer(socket.gethostname(), torch.stack(sums).tolist() if sums else [], losses)
-        answers = distributed.gather_objects(own)
-        mismatch = compare([name for name, _ in held], answers)
+        answers = distributed.gather_objects(Answer(socket.gethostname(), sums, _strays(run.engine), losses))
+        mismatch = compare(names, answers)
         if mismatch is not None:
             _stop(run, mismatch, [answer.host for answer in answers])
 
@@ -96,6 +100,10 @@ def compare(names: Sequence[str], answers: Sequence[Answer]) -> Mismatch | None:
     unsteady = [rank for rank, answer in enumerate(answers) if answer.losses[0] != answer.losses[1]]
     if unsteady:
         return Mismatch("computes another loss when it computes a micro-batch again", unsteady)
+    astray = [rank for rank, answer in enumerate(answers) if answer.strays]
+    if astray:
+        tensors = dict.fromkeys(name for rank in astray for name in answers[rank].strays)
+        return Mismatch("holds weights that are not its fp32 masters", astray, [*tensors])
     odd = odd_ones([tuple(answer.checksums) for answer in answers])
     if odd:
         columns = zip(*(answer.checksums for answer in answers), strict=True)
@@ -114,6 +122,22 @@ def odd_ones(values: Sequence[Hashable]) -> list[int]:
         return []
     majority = 2 * count > len(values)
     return [place for place, value in enumerate(values) if not (majority and value == common)]
+
+
+def _strays(engine: Engine) -> list[str]:
+    """Parameters of which this rank's weights are not its masters."""
+    pairs = rounded(engine)
+    names, gaps = _read((name, checksum(ours) - checksum(masters)) for name, ours, masters in pairs)
+    return [name for name, gap in zip(names, gaps, strict=True) if gap]
+
+
+def _read(named: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[int]]:
+    """Names and numbers; a device is waited for once."""
+    names, numbers = [], []
+    for name, number in named:
+        names.append(name)
+        numbers.append(number)
+    return names, torch.stack(numbers).tolist() if numbers else []
 
 
 def _repeat(

@@ -13,7 +13,7 @@ from llmtrain.training.heartbeat import Heart, Phase
 STEP = "LLMTRAIN_TEST_FAULT_STEP"
 """The step after which the fault comes."""
 WHERE = "LLMTRAIN_TEST_FAULT_WHERE"
-"""Part of the name of the parameter that is hit; `optimizer` before it: its first moment."""
+"""The parameter that is hit; `optimizer` before it: in its first moment."""
 
 
 def flip_a_bit() -> None:
@@ -51,6 +51,8 @@ def _flip(engine: Engine) -> None:
     kind, _, name = os.environ[WHERE].rpartition(" ")
     (parameter,) = [p for found, p in engine.model.named_parameters() if name == found]
     held = engine.deepspeed.optimizer.state[parameter]["exp_avg"] if kind == "optimizer" else parameter.data
+    if held.numel() != getattr(parameter, "ds_numel", held.numel()):  # stage 3: all but its own part is gone
+        held = parameter.ds_tensor.data
     bits = held.view(-1).view({2: torch.int16, 4: torch.int32}[held.element_size()])
     bits[len(bits) // 2] ^= 1
 

@@ -15,16 +15,27 @@ from tests.ranks import PATCH
 from tests.training import faults
 from tests.training.test_resume import records
 
-MATRIX, NORM = "blocks.1.feed_forward.down.weight", "blocks.1.attention_norm.weight"
+THEIRS, MATRIX = "blocks.0.feed_forward.down.weight", "blocks.1.feed_forward.down.weight"
+NORM = "blocks.1.attention_norm.weight"
+SPLIT = "deepspeed.zero_optimization.stage3_param_persistence_threshold=100"
+"""Matrices are partitioned, norms are not."""
 FLIPS = [
-    (0, "fp32", f"optimizer {MATRIX}"),
-    pytest.param(0, "bf16_autocast", MATRIX, marks=pytest.mark.slow),
-    pytest.param(1, "fp32", MATRIX, marks=pytest.mark.slow),
-    (1, "bf16", MATRIX),
-    (2, "bf16", NORM),
-    (3, "bf16", NORM),
+    (0, "fp32", f"optimizer {MATRIX}", [0, 1]),
+    pytest.param(0, "bf16_autocast", MATRIX, [0, 1], marks=pytest.mark.slow),
+    pytest.param(1, "fp32", MATRIX, [1], marks=pytest.mark.slow),
+    (1, "bf16", THEIRS, [0, 1]),
+    (2, "bf16", MATRIX, [1]),
+    pytest.param(2, "bf16", THEIRS, [0, 1], marks=pytest.mark.slow),
+    (3, "bf16", NORM, [0, 1]),
+    (3, "bf16", MATRIX, [1]),
+    pytest.param(3, "fp32", MATRIX, [1], marks=pytest.mark.slow),
 ]
-"""Stage, precision, what is hit. Every one of these runs saves at step 2 and is corrupt after step 3."""
+"""Stage, precision, what is hit on rank 1, who is named: both ranks, or the one whose own part it is.
+
+Under stages 1 and 2 the first block is in rank 0's part, the second one in rank 1's.
+
+Every one of these runs saves at step 2 and is corrupt after step 3.
+"""
 
 
 def start(ranks, tiny, tmp_path, fault: str, *overrides: str, where: str = ""):
@@ -45,15 +56,14 @@ def ended(job, run) -> tuple[str, dict]:
     return line, event
 
 
-@pytest.mark.parametrize(("stage", "precision", "where"), FLIPS)
-def test_a_flipped_bit_ends_the_run(ranks, tiny, tmp_path, stage, precision, where):
-    options = [f"deepspeed=zero{stage}", f"precision={precision}"]
+@pytest.mark.parametrize(("stage", "precision", "where", "named"), FLIPS)
+def test_a_flipped_bit_ends_the_run(ranks, tiny, tmp_path, stage, precision, where, named):
+    options = [f"deepspeed=zero{stage}", f"precision={precision}", SPLIT]
     job = start(ranks, tiny, tmp_path, "flip_a_bit", *options, where=where)
     line, event = ended(job, tmp_path / "run")
-    name = where.removeprefix("optimizer ") + (": exp_avg" if "optimizer" in where else "")
-    assert event["ranks"] == [0, 1], "with two ranks nobody can tell which one is wrong"
-    assert event["tensors"] == [name]
-    assert f"({name})" in line and "one of rank 0 on" in line
+    name = where.split()[-1] + (": exp_avg" if "optimizer" in where else "")
+    assert (event["ranks"], event["tensors"]) == (named, [name])
+    assert f"({name})" in line and ("one of rank 0 on" in line) == (named == [0, 1])
 
 
 def test_a_rank_that_computes_unsteadily_is_named(ranks, tiny, tmp_path):
@@ -119,8 +129,8 @@ def test_a_checksum_does_not_depend_on_how_it_is_cut(monkeypatch):
     assert checksum(values.view(7, 143).t().contiguous().t()) == whole, "also of a strided view"
 
 
-def answer(checksums=(1, 2), losses=(5,), again=None) -> Answer:
-    return Answer("host", checksums, (losses, again or losses))
+def answer(checksums=(1, 2), losses=(5,), again=None, strays=()) -> Answer:
+    return Answer("host", checksums, strays, (losses, again or losses))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +145,7 @@ def answer(checksums=(1, 2), losses=(5,), again=None) -> Answer:
         ([answer(), answer(), answer(losses=(6,))], [2], (), "than the other ranks"),
         ([answer(), answer(losses=(5,), again=(6,)), answer((1, 3))], [1], (), "again"),
         ([answer(losses=(5,), again=(6,))], [0], (), "again"),
+        ([answer(strays=["b"]), answer(), answer((1, 3), strays=["a", "b"])], [0, 2], ["b", "a"], "masters"),
         ([answer((), ()), answer((), ())], None, (), ""),
     ],
 )

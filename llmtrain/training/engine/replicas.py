@@ -1,4 +1,4 @@
-"""What every rank holds alike, and exact checksums of it."""
+"""What ranks hold twice: alike on each of them, or as fp32 masters too; and exact checksums of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from llmtrain.training.engine.state import WEIGHT
 
 if TYPE_CHECKING:
     from llmtrain.training.engine.engine import Engine
@@ -37,6 +39,21 @@ def replicas(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         for key, value in state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 yield f"{name}: {key}", value
+
+
+def rounded(engine: Engine) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, weights, the same from the fp32 masters) of what this rank answers for and holds as both.
+
+    A step ends with the masters rounded to the weights: they are equal bit by bit. Stage 0 has only one.
+    """
+    stage = engine.deepspeed.zero_optimization_stage()
+    parameters: dict[str, Any] = dict(engine.model.named_parameters())
+    for piece in engine.state().pieces if stage > 0 else ():
+        masters, parameter = piece.tensors[WEIGHT], parameters[piece.name]
+        start = 0 if stage == 3 else piece.start
+        flat = (parameter.ds_tensor if stage == 3 else parameter).detach().view(-1)
+        weights = flat[start : start + len(masters)]
+        yield piece.name, weights, masters.to(weights.device, weights.dtype)
 
 
 @torch.no_grad()
