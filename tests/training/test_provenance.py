@@ -32,7 +32,7 @@ from llmtrain.where import where
 from tests.data.test_prepare import some_texts, write_texts
 from tests.ranks import RECORD
 
-L, G, MICRO = 64, 8, 2
+L, G = 64, 8
 
 
 def recorded(directory: Path, ranks: int) -> np.ndarray:
@@ -49,11 +49,10 @@ def recorded(directory: Path, ranks: int) -> np.ndarray:
                     batches.append(np.load(file))
                 except ValueError:  # killed while it was written
                     break
-        per_step = G // ranks // MICRO
-        whole = len(batches) // per_step
-        inputs, labels = np.stack(batches[: whole * per_step], axis=1)
+        inputs, labels = np.concatenate(batches, axis=1)
         tokens = np.concatenate([inputs, labels[..., -1:]], axis=-1)
-        per_rank.append(tokens.reshape(whole, G // ranks, L + 1))
+        whole = len(tokens) // (G // ranks)
+        per_rank.append(tokens[: whole * G // ranks].reshape(whole, G // ranks, L + 1))
     steps = min(map(len, per_rank))
     return np.concatenate([tokens[:steps] for tokens in per_rank], axis=1)
 
