@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from llmtrain.training.build import Run, describe_run
-from llmtrain.training.checkpoint import CheckpointTensors, set_random_states
+from llmtrain.training.checkpoint import CheckpointTensors, seed_random_states, set_random_states
 from llmtrain.training.metrics import write_ledger
 from llmtrain.training.report import write_report
 from llmtrain.training.run_directory import disk_may_refuse
@@ -19,11 +19,21 @@ REPORT_SECONDS = 60.0
 
 
 def load(run: Run, checkpoint: Path) -> None:
-    """Put the engine and this rank's random numbers where a checkpoint, which was verified, has them."""
+    """Put the engine and this rank's random numbers where a checkpoint, which was verified, has them.
+
+    Its ranks, ZeRO stage and precision may have been others. Random numbers follow from seed, step and
+    rank if there are more or fewer ranks than then; no step of training draws any.
+    """
     run.heart.beat("load")
-    found = CheckpointTensors(checkpoint)
+    found, ranks = CheckpointTensors(checkpoint), run.world.world_size
     run.engine.restore(found.read, found.record["scalars"])
-    set_random_states(found.random_states(run.world.rank))
+    if found.record["world_size"] == ranks:
+        set_random_states(found.random_states(run.world.rank))
+    else:
+        logger.info(
+            "%d ranks now, %d when it was saved: random numbers begin anew", ranks, found.record["world_size"]
+        )
+        seed_random_states(run.config.seed, run.step, run.world.rank)
 
 
 def save(run: Run, *, wait: bool = False) -> bool:

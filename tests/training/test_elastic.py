@@ -55,7 +55,12 @@ def test_a_chain_trains_what_an_uninterrupted_run_does(
     ranks: RankServer, tiny: list[str], tmp_path: Path, name: str, chain: tuple[str, list[Leg]]
 ) -> None:
     precision, legs = chain
-    common = [*tiny, f"precision={precision}", "scheduler=constant", "checkpoint.every=100"]
+    steady = [
+        "scheduler=constant",
+        "scheduler.warmup_steps=2",
+        "checkpoint.every=100",
+    ]  # in legs of any length
+    common = [*tiny, f"precision={precision}", *steady]
     last = LEG * len(legs)
     whole = train(ranks, common, [legs[0]], last, tmp_path / "whole")
     pieces = train(ranks, common, legs, LEG, tmp_path / "pieces")

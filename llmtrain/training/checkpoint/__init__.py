@@ -19,7 +19,12 @@ from llmtrain.training.checkpoint.choosing import (
 from llmtrain.training.checkpoint.config import CheckpointConfig
 from llmtrain.training.checkpoint.directory import abandon, checkpoints, sweep
 from llmtrain.training.checkpoint.manifest import DamagedError, Manifest, damages, read_record
-from llmtrain.training.checkpoint.reading import CheckpointTensors, CheckpointWeights, set_random_states
+from llmtrain.training.checkpoint.reading import (
+    CheckpointTensors,
+    CheckpointWeights,
+    seed_random_states,
+    set_random_states,
+)
 from llmtrain.training.checkpoint.saving import Failed, Saved, Saver
 from llmtrain.training.checkpoint.space import check_space
 
@@ -41,6 +46,7 @@ __all__ = [
     "find_checkpoint",
     "newest_verified",
     "read_record",
+    "seed_random_states",
     "set_random_states",
     "sweep",
     "verified_checkpoint",

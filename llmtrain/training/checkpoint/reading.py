@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 
@@ -70,6 +71,11 @@ def set_random_states(states: Mapping[str, Tensor]) -> None:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def seed_random_states(seed: int, step: int, rank: int) -> None:
+    """Begin this rank's random numbers anew, as a pure function of the three."""
+    torch.manual_seed(int.from_bytes(sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "little"))
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
