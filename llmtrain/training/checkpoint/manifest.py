@@ -28,8 +28,11 @@ class DamagedError(Exception):
     """A checkpoint is not what was written; nothing of it was parsed."""
 
     def __init__(self, path: Path, file: str, reason: str) -> None:
-        super().__init__(f"{path / file}: {reason}")
+        super().__init__(path, file, reason)  # all of them, so that it can be sent to other ranks
         self.path, self.file, self.reason = path, file, reason
+
+    def __str__(self) -> str:
+        return f"{self.path / self.file}: {self.reason}"
 
     def as_dict(self) -> dict[str, str]:
         """What events.jsonl says of it."""

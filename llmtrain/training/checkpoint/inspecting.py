@@ -1,0 +1,86 @@
+"""The checkpoints of a run as rows of a table, read cheaply or to the last byte; and what may go."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config import UserError
+from llmtrain.training.checkpoint.directory import (
+    ABANDONED,
+    FEWEST,
+    TEMPORARY,
+    TRASH,
+    checkpoints,
+    remove,
+    retained,
+)
+from llmtrain.training.checkpoint.manifest import DamagedError, Manifest, damages, raise_first, read_record
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checkpoint; `damage` is empty where nothing is wrong, as far as was read."""
+
+    step: int
+    path: str
+    bytes: int
+    ranks: int | None
+    stage: int | None
+    precision: str | None
+    damage: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a line of JSON."""
+        return asdict(self)
+
+
+def inspect(directory: Path, *, content: bool) -> Iterator[Row]:
+    """A row a checkpoint, oldest first: names and sizes compared, with `content` every byte."""
+    for step, path in checkpoints(directory):
+        record, damage = {}, ""
+        try:
+            record = read_record(path)
+            raise_first(damages(path, Manifest.read(path).files, content=content))
+        except DamagedError as error:
+            damage = f"{error.file}: {error.reason}"
+        yield Row(
+            step=step,
+            path=str(path),
+            bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            ranks=record.get("world_size"),
+            stage=record.get("stage"),
+            precision=record.get("precision"),
+            damage=damage,
+        )
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """What interrupted saves and removals left behind, and checkpoints that a run went back behind."""
+    return sorted(path for start in (TEMPORARY, TRASH, ABANDONED) for path in directory.glob(f"{start}*"))
+
+
+def prunable(rows: Sequence[Row], keep: int, keep_every: int | None) -> list[Row]:
+    """Of rows whose every byte was read, those that need not stay: damaged ones, and older ones.
+
+    UserError where fewer than two are whole: then each may be needed.
+    """
+    whole = [row.step for row in rows if not row.damage]
+    if len(whole) < min(FEWEST, len(rows)):
+        raise UserError(
+            f"{Path(rows[0].path).parent}: {len(whole)} of {len(rows)} checkpoints are whole, and at least "
+            f"{FEWEST} always stay; nothing is removed"
+        )
+    stay = retained(whole, whole, keep, keep_every)
+    return [row for row in rows if row.step not in stay]
+
+
+def prune(directory: Path, rows: Sequence[Row]) -> None:
+    """Remove these checkpoints, and what was left behind."""
+    for row in rows:
+        remove(Path(row.path))
+    for path in leftovers(directory):
+        shutil.rmtree(path)
