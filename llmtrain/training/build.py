@@ -49,12 +49,14 @@ from llmtrain.training.engine.engine import Engine, build_engine
 from llmtrain.training.goodput import Goodput
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.loggers import Logger
+from llmtrain.training.rewinds import Rewind, hide_stale, merged, read_rewinds
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.saver import build_saver
 from llmtrain.training.signals import StopRequest
 from llmtrain.training.sizing.memory import checkpoint_bytes
 from llmtrain.training.sizing.model import Model
 from llmtrain.training.source_losses import SourceLosses
+from llmtrain.training.spikes import SpikeDetector
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,9 @@ class Run:
     clock: StepClock
     heart: Heart
     corruption: CorruptionCheck
+    spikes: SpikeDetector
+    rewinds: Sequence[Rewind]
+    """Those of the run's history, oldest first."""
     step: int = 0
     skipped: int = 0
     """Steps in a row that were not applied."""
@@ -187,8 +192,10 @@ def build_run(
     stop = StopRequest()
     stop.listen()
     tokenizer, step, changed = prepared.tokenizer, 0, list[Change]()
+    judged: Sequence[Sequence[float]] = ()
     train_sources, held_out = open_alike(prepared)
-    dataset = build_dataset(config, train_sources)
+    rewinds = rewinds_of(config, world, directory)
+    dataset = build_dataset(config, train_sources, rewinds)
     precision = precision_here(config)
     heart.beat("verify")
     chosen = choose(config.resume, directory.checkpoints, world)
@@ -199,6 +206,7 @@ def build_run(
         check_changes(chosen.path, changed, config.resume_changes)
         tell_changes(chosen.path, changed)
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
+        judged = saved.get("spikes", ())
     size = checkpoint_bytes(Model.of(config, tokenizer.vocab_size))
     check_space(directory.checkpoints, size, config.checkpoint)
     heart.beat("build")
@@ -234,6 +242,8 @@ def build_run(
         clock=StepClock(engine.device, step),
         heart=heart,
         corruption=CorruptionCheck(config.corruption_check),
+        spikes=SpikeDetector(config.spikes, judged),
+        rewinds=rewinds,
         step=step,
         waits=any(distributed.gather_objects(prepared.is_remote or not prepared.complete)),
         schedule=config.scheduler.build(config.max_steps),
@@ -244,6 +254,15 @@ def build_run(
             ProfileCallback(config.profile),
         ],
     )
+
+
+def rewinds_of(config: TrainConfig, world: World, directory: RunDirectory) -> list[Rewind]:
+    """The rewinds of the run that goes on; checkpoints that are from before one, and later, are renamed."""
+    rewinds: list[Rewind] = []
+    if world.is_main and config.resume != "never":
+        rewinds = read_rewinds(directory)
+        hide_stale(directory.checkpoints, rewinds)
+    return distributed.broadcast_object(rewinds)
 
 
 def check_kernel(config: TrainConfig, engine: Engine, precision: ResolvedPrecision) -> None:
@@ -301,8 +320,10 @@ def describe_run(
     }
 
 
-def build_dataset(config: TrainConfig, sources: dict[str, ShardedSource]) -> PackedDataset:
-    """The packed rows of every step, from prepared sources."""
+def build_dataset(
+    config: TrainConfig, sources: dict[str, ShardedSource], rewinds: Sequence[Rewind] = ()
+) -> PackedDataset:
+    """The packed rows of every step, from prepared sources; what `rewinds` left out is left out again."""
     data, grows = config.data, config.data.curriculum
     return PackedDataset(
         sources,
@@ -316,7 +337,7 @@ def build_dataset(config: TrainConfig, sources: dict[str, ShardedSource]) -> Pac
         max_padding=data.max_padding,
         curriculum=(grows.from_length, grows.until_step) if grows else None,
         shuffle_span=data.shuffle_span,
-        skip=data.skip,
+        skip=merged([*data.skip, *(rewind.skip for rewind in rewinds)]),
     )
 
 

@@ -41,6 +41,7 @@ TABLE: dict[str, tuple[Rule, str]] = {
     "logger": ("safe", "watches only"),
     "hardware": ("safe", "watches only"),
     "corruption_check": ("safe", "watches only"),
+    "spikes": ("safe", "when a step is left out, not how it is computed"),
     "checkpoint": ("safe", "when to save"),
     "compile": ("safe", "the same function, up to rounding"),
     "activation_checkpointing": ("safe", "the same function"),

@@ -35,6 +35,7 @@ from llmtrain.training.engine.config import DeepSpeedConfig, Precision, Resolved
 from llmtrain.training.engine.optimizers import check_muon
 from llmtrain.training.loggers import LoggerConfig
 from llmtrain.training.sizing.hardware import HardwareConfig
+from llmtrain.training.spikes import SpikeConfig
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -82,6 +83,7 @@ class TrainConfig(Config):
     hardware: HardwareConfig
     profile: ProfileConfig
     corruption_check: CorruptionConfig
+    spikes: SpikeConfig
     checkpoint: CheckpointConfig
     callbacks: CallbacksConfig
     logger: LoggerConfig

@@ -17,7 +17,7 @@ def step_metrics(run: Run, step: int, result: StepResult, lr: float, seconds: fl
     losses, targets = result.source_losses.tolist(), result.source_targets.tolist()
     line: dict[str, Any] = {
         "step": step,
-        "train/loss": _mean(sum(losses), sum(targets)),
+        "train/loss": result.loss,
         "train/grad_norm": result.grad_norm,
         "train/lr": lr,
         "train/tokens": step * tokens,

@@ -283,13 +283,20 @@ class RunDirectory:
             raise UserError(f"{file}: not readable as JSON: {error}") from error
 
 
-def write_atomically(file: Path, text: str) -> Path:
-    """Write a text file so that a reader sees the old content or the new, never a part; makes its folder."""
+def write_atomically(file: Path, text: str, durable: bool = False) -> Path:
+    """Write a text file so that a reader sees the old content or the new, never a part; makes its folder.
+
+    `durable`: on return it survives a crash of the machine.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         aside.write_text(text, encoding="utf-8")
+        if durable:
+            sync(aside)
         aside.replace(file)
+        if durable:
+            sync(file.parent)
     finally:
         aside.unlink(missing_ok=True)
     return file

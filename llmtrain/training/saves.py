@@ -51,6 +51,8 @@ def save(run: Run, *, wait: bool = False) -> bool:
         "step": run.step,
         **describe_run(run.config, run.world, run.tokenizer, run.precision),
         "data": run.dataset.state(run.step),
+        "spikes": run.spikes.state(),
+        "rewinds": len(run.rewinds),
     }
     run.saver.save(run.engine.state(), record, wait=wait or run.finished or run.stop.agreed)
     if run.world.is_main:

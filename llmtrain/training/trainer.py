@@ -22,11 +22,10 @@ from llmtrain.training.checkpoint import abandon, checkpoints, sweep
 from llmtrain.training.engine.transfer import PendingStep
 from llmtrain.training.metrics import step_metrics
 from llmtrain.training.saves import load, report, save
+from llmtrain.training.spikes import Verdict
+from llmtrain.training.suspects import rewind, tell
 
 logger = logging.getLogger(__name__)
-
-MAX_SKIPPED = 3
-"""Steps in a row with a gradient that is not finite after which a run ends."""
 
 DATA_POLL = 0.2
 """Seconds after which ranks whose text is not there look whether somebody wants to stop."""
@@ -99,7 +98,8 @@ def _launch(run: Run, batch: Batch) -> Launched:
     """Give the device the next step; nothing waits for it."""
     lr = run.config.optimizer.lr * run.schedule(run.step + 1)
     run.corruption.watch(batch)
-    pending = run.engine.train_step(batch, lr, stop=run.stop.requested)
+    limits = run.spikes.limits(run.step + 1)
+    pending = run.engine.train_step(batch, lr, stop=run.stop.requested, limits=limits)
     run.step += 1
     return Launched(run.step, lr, pending)
 
@@ -126,8 +126,10 @@ def _settle(run: Run, launched: Launched, due: Sequence[Callback] = (), saves: b
             callback.after_step(run, line)
         run.heart.beat("read")
         _log(run, line)
-    if run.skipped:
-        _leave_out(run, step)
+    verdict = run.spikes.judge(step, result)
+    if verdict.kind:
+        tell(run, step, result, verdict)
+        _follow(run, step, verdict)
 
 
 def _load(run: Run, batches: Batches, due: Sequence[Callback]) -> bool:
@@ -199,19 +201,18 @@ def _log(run: Run, line: dict[str, Any]) -> None:
         sink.log(line)
 
 
-def _leave_out(run: Run, step: int) -> None:
-    """Tell of a step that was not applied; several in a row end the run, its weights saved as they were."""
-    if run.world.is_main:
-        run.directory.append_event("skip", step=step, reason="gradient not finite")
-        logger.warning("step %d left out: its gradient is not finite", step)
-    if run.skipped >= MAX_SKIPPED:
+def _follow(run: Run, step: int, verdict: Verdict) -> None:
+    """End the run where a step calls for it: left out once too often, or to be rewound."""
+    if run.skipped >= run.config.spikes.max_skipped:
         saved = save(run, wait=True)
         raise UserError(
-            f"{run.skipped} steps in a row had a gradient that is not finite, the last one step {step}; "
+            f"{run.skipped} steps in a row were left out, not finite or spikes, the last one step {step}; "
             f"{'its' if saved else 'the last'} checkpoint holds the weights from before them: "
             "go on with a lower optimizer.lr and resume_changes=[optimizer.lr]",
             exit_code=ExitCode.NON_FINITE,
         )
+    if verdict.kind == "spike" and run.config.spikes.action == "rewind":
+        rewind(run, step, verdict)
 
 
 def begin(run: Run) -> None:

@@ -30,6 +30,7 @@ from llmtrain.training.build import build_dataset
 from llmtrain.training.checkpoint import checkpoints
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.finished import FinishedRun, LocalModel, open_text, read_config
+from llmtrain.training.rewinds import read_rewinds
 from llmtrain.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def open_data(path: Path) -> RunData:
     tokenizer = load_tokenizer(path / "tokenizer")
     prepared = open_text(path, config, tokenizer, waits=False)
     sources, held_out = prepared.open()
-    dataset = build_dataset(config, sources).resumed(order)
+    dataset = build_dataset(config, sources, read_rewinds(directory)).resumed(order)
     logged = [line["step"] for line in directory.read_metrics()]
     saved = [step for step, _ in checkpoints(directory.checkpoints)]
     return RunData(path, config, tokenizer, prepared, sources, held_out, dataset, max([0, *logged, *saved]))
@@ -124,7 +125,7 @@ def _part(tokenizer: Tokenizer, source: ShardedSource, span: DocumentSpan) -> di
     start = int(source.offsets(span.shard)[span.document])
     ids = source.read(span.shard, start + span.start, start + span.stop)
     return {
-        **_document(source, span.shard, span.document),
+        **document_at(source, span.shard, span.document),
         "first_token": span.start,
         "last_token": span.stop - 1,
         "place": span.place,
@@ -132,7 +133,7 @@ def _part(tokenizer: Tokenizer, source: ShardedSource, span: DocumentSpan) -> di
     }
 
 
-def _document(source: ShardedSource, shard: int, document: int) -> dict[str, Any]:
+def document_at(source: ShardedSource, shard: int, document: int) -> dict[str, Any]:
     """Which document that is."""
     start, stop = source.offsets(shard)[document : document + 2].tolist()
     file, unit, position = source.origin(shard, document)
@@ -182,7 +183,7 @@ def steps_with(
             ) from error
         yield {
             "source": name,
-            **_document(source, shard, document),
+            **document_at(source, shard, document),
             "until_step": until,
             "steps": [{"step": step, "row": row} for step, row in seen],
         }

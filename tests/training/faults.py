@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 
@@ -32,6 +33,21 @@ def compute_unsteadily() -> None:
     """From a step on, rank 1 is off by the last bit in every other loss."""
     if os.environ["RANK"] == "1":
         _after_step(lambda engine: _perturb(engine, always=False))
+
+
+def spoil() -> None:
+    """From a step on, what rank 1 computes is not finite."""
+    if os.environ["RANK"] == "1":
+        _after_step(
+            lambda engine: engine.model.final_norm.register_forward_hook(
+                lambda module, inputs, output: output * float("nan")
+            )
+        )
+
+
+def die() -> None:
+    """Every rank is killed after a step was given to its device."""
+    _after_step(lambda engine: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def _after_step(fault) -> None:

@@ -219,6 +219,7 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
 }
 
 ENGINE = "tests/training/test_engine.py"
+SPIKES = "tests/training/test_spikes.py"
 SIZING = "tests/training/test_sizing.py"
 DEEPSPEED = "tests/training/test_deepspeed_config.py"
 ELSEWHERE: dict[str, str] = {
@@ -253,6 +254,18 @@ ELSEWHERE: dict[str, str] = {
     },
     "profile.steps": "tests/training/test_profile.py::test_the_steps_of_a_profile_are_traced",
     "hang_timeout": "tests/training/test_hang.py::test_a_rank_that_is_stopped_is_named",
+    **{
+        f"spikes.{key}": f"{SPIKES}::test_{test}"
+        for test, names in {
+            "a_spike_is_named_with_its_documents": ("action",),
+            "the_limits_of_a_step_are_where_its_z_is_the_threshold": ("loss_threshold", "grad_norm_threshold"),
+            "a_step_is_judged_by_the_window_before_it": ("window", "warmup_steps"),
+            "a_rewind_goes_to_a_commit_far_enough_back": ("rewind_steps", "skip_steps"),
+            "a_spike_after_the_last_rewind_ends_the_run_with_87": ("max_rewinds",),
+            "steps_that_are_not_finite_end_the_run_with_87": ("max_skipped",),
+        }.items()
+        for key in names
+    },
     "corruption_check.every": "tests/training/test_corruption.py::test_a_flipped_bit_ends_the_run",
     "profile.from_step": "tests/training/test_profile.py::test_the_steps_of_a_profile_are_traced",
     "deepspeed.disable_python_gc": f"{DEEPSPEED}::test_python_s_garbage_collector_stays_off_until_a_save",

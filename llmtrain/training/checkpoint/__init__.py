@@ -17,7 +17,7 @@ from llmtrain.training.checkpoint.choosing import (
     verified_checkpoint,
 )
 from llmtrain.training.checkpoint.config import CheckpointConfig
-from llmtrain.training.checkpoint.directory import abandon, checkpoints, sweep
+from llmtrain.training.checkpoint.directory import abandon, checkpoints, hide, sweep
 from llmtrain.training.checkpoint.manifest import DamagedError, Manifest, damages, read_record
 from llmtrain.training.checkpoint.reading import (
     CheckpointTensors,
@@ -44,6 +44,7 @@ __all__ = [
     "choose",
     "damages",
     "find_checkpoint",
+    "hide",
     "newest_verified",
     "read_record",
     "seed_random_states",

@@ -62,9 +62,14 @@ def abandon(directory: Path, after: int) -> None:
     """
     for step, path in checkpoints(directory):
         if step > after:
-            aside = path.with_name(ABANDONED + path.name)
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            hide(path)
+
+
+def hide(checkpoint: Path) -> None:
+    """Take one checkpoint out of sight, as `abandon` does."""
+    aside = checkpoint.with_name(ABANDONED + checkpoint.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
 def remove(checkpoint: Path) -> None:

@@ -16,6 +16,7 @@ from llmtrain.model.decoder import Block
 from llmtrain.model.init import Gather
 from llmtrain.optim.base import OptimizerConfig, set_learning_rate
 from llmtrain.training.engine.config import DeepSpeedConfig, ResolvedPrecision
+from llmtrain.training.engine.guard import Guard, Limits
 from llmtrain.training.engine.optimizers import build_optimizer
 from llmtrain.training.engine.state import EngineState, Read, read_state, restore_state
 from llmtrain.training.engine.transfer import PendingStep, Upload
@@ -86,6 +87,7 @@ class Engine:
         self._parameters = list(self.model.parameters())
         self.beat: Callable[[Phase], None] = lambda phase: None
         """Told what this rank comes to."""
+        self._guard = Guard(deepspeed_engine.optimizer, stage)
 
     @property
     def accumulation(self) -> int:
@@ -97,12 +99,14 @@ class Engine:
         """The module inside; under ZeRO-3 its parameters are partitioned."""
         return self.deepspeed.module
 
-    def train_step(self, batch: Batch, lr: float, stop: bool = False) -> PendingStep:
+    def train_step(
+        self, batch: Batch, lr: float, stop: bool = False, limits: Limits | None = None
+    ) -> PendingStep:
         """One optimizer step over this rank's rows of a global batch, given to the device.
 
         The loss is the mean over the trained targets of the whole global batch, so neither ranks nor micro
-        batches change it. `stop` tells the other ranks that this one wants to end after the step. Under
-        stage 0 nothing here waits for the device.
+        batches change it. `stop` tells the other ranks that this one wants to end after the step. A step
+        above the `limits` is not applied. Under stage 0 nothing here waits for the device.
         """
         self.beat("forward")
         if not self.model.training:
@@ -120,9 +124,11 @@ class Engine:
             self.deepspeed.step()
         losses.append(self._backward(parts[-1], scale))
         self.beat("reduce")
+        rows = torch.stack([torch.cat(losses).double(), targets.double()])
+        sums = self._sum_by_source(rows, torch.cat([part.source_ids for part in parts]))
+        self._guard.watch(limits, sums)
         grad_norm, applied = self._update(lr)
-        sums = self._sum_by_source(torch.cat(losses), targets, torch.cat([part.source_ids for part in parts]))
-        return PendingStep(sums, grad_norm, applied, total[1] > 0)
+        return PendingStep(sums, rows, grad_norm, applied, total[1] > 0)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -183,12 +189,12 @@ class Engine:
                 # DeepSpeed 0.19.8 keeps these where the optimizer is offloaded: NaN would stay for ever.
                 optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
                 optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
-            return self._scalar(norm), self._scalar(applied)
+            return self._scalar(self._guard.true_norm(norm, applied)), self._scalar(applied)
         # The raw torch optimizer of stage 0 has no guard: a single NaN would stay in the weights for ever.
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         # float64, because torch's fp32 norm of a large CPU tensor is off in the fourth digit.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)))
-        applied = torch.isfinite(norm)
+        applied = self._guard.passes(norm)
         divisor = ((norm + 1e-6) / self._clipping).clamp(min=1).float() if self._clipping else None
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             # What torch.amp asks of fused optimizers: nothing is read, and gradients are passed over once.
@@ -206,10 +212,8 @@ class Engine:
             return value.to(self.device, torch.float64)
         return torch.full((), float(value), dtype=torch.float64, device=self.device)
 
-    def _sum_by_source(
-        self, losses: torch.Tensor, targets: torch.Tensor, source_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """[2, sources]: losses and targets summed over this step's rows on all ranks."""
+    def _sum_by_source(self, rows: torch.Tensor, source_ids: torch.Tensor) -> torch.Tensor:
+        """[2, sources]: losses and targets [2, rows] summed over this step's rows on all ranks."""
         sums = torch.zeros(2, self._sources, dtype=torch.float64, device=self.device)
-        sums.index_add_(1, source_ids.long(), torch.stack([losses.double(), targets.double()]))
+        sums.index_add_(1, source_ids.long(), rows)
         return distributed.all_reduce_sum(sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +18,25 @@ class StepResult:
     """What one optimizer step was; everything is on the host.
 
     source_losses, source_targets: fp64 [sources], sums of target losses and trained targets on all ranks.
+    row_losses, row_targets: fp64 [rows], the same of each of this rank's rows.
     grad_norm: global L2 norm before clipping; not finite where a gradient was not.
-    applied: False where the step was left out because of that.
+    applied: False where the step was left out: because of that, or above the limits that it was given.
     stop: whether any rank asked to stop.
     """
 
     source_losses: Tensor
     source_targets: Tensor
+    row_losses: Tensor
+    row_targets: Tensor
     grad_norm: float
     applied: bool
     stop: bool
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of a trained target; NaN where there is none."""
+        targets = sum(self.source_targets.tolist())
+        return sum(self.source_losses.tolist()) / targets if targets else math.nan
 
 
 class Moment:
@@ -53,11 +63,14 @@ class Moment:
 class PendingStep:
     """A step that the device may still be computing: nothing waits for it before `result` is called.
 
-    sums [2, sources] of losses and targets; grad_norm, applied and stop are scalars on the same device.
+    sums [2, sources] and rows [2, rows] of losses and targets; grad_norm, applied and stop are scalars on
+    the same device.
     """
 
-    def __init__(self, sums: Tensor, grad_norm: Tensor, applied: Tensor, stop: Tensor) -> None:
-        values = torch.cat([sums.flatten(), torch.stack([grad_norm, applied, stop]).to(sums.dtype)])
+    def __init__(self, sums: Tensor, rows: Tensor, grad_norm: Tensor, applied: Tensor, stop: Tensor) -> None:
+        scalars = torch.stack([grad_norm, applied, stop]).to(sums.dtype)
+        values = torch.cat([sums.flatten(), rows.flatten(), scalars])
+        self._sizes = [sums.numel(), rows.numel(), len(scalars)]
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
@@ -68,9 +81,11 @@ class PendingStep:
     def result(self) -> StepResult:
         """What the step was; waits until the device has done it."""
         self.done.wait()
-        losses, targets = self._values[:-3].view(2, -1)
-        grad_norm, applied, stop = self._values[-3:].tolist()
-        return StepResult(losses, targets, grad_norm, bool(applied), bool(stop))
+        sums, rows, scalars = self._values.split(self._sizes)
+        grad_norm, applied, stop = scalars.tolist()
+        (losses, targets), (row_losses, row_targets) = sums.view(2, -1), rows.view(2, -1)
+        applied, stop = bool(applied), bool(stop)
+        return StepResult(losses, targets, row_losses, row_targets, grad_norm, applied, stop)
 
 
 class Upload:
