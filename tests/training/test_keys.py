@@ -258,7 +258,10 @@ ELSEWHERE: dict[str, str] = {
         f"spikes.{key}": f"{SPIKES}::test_{test}"
         for test, names in {
             "a_spike_is_named_with_its_documents": ("action",),
-            "the_limits_of_a_step_are_where_its_z_is_the_threshold": ("loss_threshold", "grad_norm_threshold"),
+            "the_limits_of_a_step_are_where_its_z_is_the_threshold": (
+                "loss_threshold",
+                "grad_norm_threshold",
+            ),
             "a_step_is_judged_by_the_window_before_it": ("window", "warmup_steps"),
             "a_rewind_goes_to_a_commit_far_enough_back": ("rewind_steps", "skip_steps"),
             "a_spike_after_the_last_rewind_ends_the_run_with_87": ("max_rewinds",),
