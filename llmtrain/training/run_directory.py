@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from llmtrain.files import sync
 logger = logging.getLogger(__name__)
 
 HEARTBEATS = "heartbeats"
+TOUCH_SECONDS = 10.0
+"""How often the owner of a lock touches its record."""
 
 LOOK, LONGEST_LOOK = 0.01, 5.0
 """Seconds that `is_locked` may hold a lock of its own; one that is held longer counts as a run's."""
@@ -47,6 +50,8 @@ class RunDirectory:
         self._lock: int | None = None
         self._late: dict[Path, bytes] = {}
         self._writing = threading.Lock()
+        self._unlocked = threading.Event()
+        self._touching = threading.Thread()
 
     @property
     def name(self) -> str:
@@ -101,7 +106,8 @@ class RunDirectory:
     def lock(self) -> None:
         """Take the directory for this process, until `unlock` or the process's end, however it ends.
 
-        A directory that another process holds is a UserError with exit code 73 and one line.
+        A directory that another process holds is a UserError with exit code 73 and one line. Where a file
+        system keeps locks on each machine apart, a record that another machine still touches is a lock, too.
         """
         assert self._lock is None, "this object holds the lock already"
         self.path.mkdir(parents=True, exist_ok=True)
@@ -119,11 +125,22 @@ class RunDirectory:
                     _locked_message(self.path, _read_owner(file)), exit_code=ExitCode.LOCKED
                 ) from None
             if _is_same_file(handle, file):
-                self._lock = handle
+                self._take(handle, file)
             else:  # the directory was set aside between our open and our flock: that lock is another run's
                 os.close(handle)
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, json.dumps(_this_process()).encode() + b"\n", 0)
+
+    def _take(self, handle: int, file: Path) -> None:
+        """Write down who holds the lock, and touch the record as long as that is so."""
+        owner = _record(file)
+        if owner.get("boot_id", _boot_id()) != _boot_id() and _is_touched(file, owner):
+            os.close(handle)
+            raise UserError(_locked_message(self.path, owner), exit_code=ExitCode.LOCKED)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(_this_process()).encode() + b"\n", 0)
+        self._lock, self._unlocked = handle, threading.Event()
+        touch = partial(_touch, handle, self._unlocked)
+        self._touching = threading.Thread(target=touch, daemon=True, name="llmtrain-lock")
+        self._touching.start()
 
     def is_locked(self) -> bool:
         """Whether some process is at work in this directory.
@@ -143,8 +160,11 @@ class RunDirectory:
         return False
 
     def unlock(self) -> None:
-        """Give the directory back; without a lock this does nothing."""
+        """Give the directory back, with an empty record; without a lock this does nothing."""
         if self._lock is not None:
+            self._unlocked.set()
+            self._touching.join()
+            os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
 
@@ -396,15 +416,47 @@ def _is_same_file(handle: int, file: Path) -> bool:
         return False
 
 
+def _record(file: Path) -> dict[str, Any]:
+    """Who holds the lock, or held it and did not come to unlock it; else empty."""
+    with contextlib.suppress(OSError, ValueError):
+        owner = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(owner, dict):
+            return owner
+    return {}
+
+
 def _read_owner(file: Path) -> dict[str, Any]:
     """The record of who holds the lock; the owner writes it a moment after the flock."""
     for _ in range(20):
-        with contextlib.suppress(OSError, ValueError):
-            owner = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(owner, dict):
-                return owner
+        if owner := _record(file):
+            return owner
         time.sleep(0.05)
     return {}
+
+
+def _touch(handle: int, unlocked: threading.Event) -> None:
+    while not unlocked.wait(TOUCH_SECONDS):
+        os.utime(handle)
+
+
+def _is_touched(file: Path, owner: Mapping[str, Any]) -> bool:
+    """Whether the owner, on another machine, lives: waits for its next touch, for no clock is shared."""
+    logger.info(
+        "%s: process %s on %s did not unlock it; looking for %.0f s whether it is at work",
+        file, owner.get("pid"), owner.get("host"), 3 * TOUCH_SECONDS,
+    )  # fmt: skip
+    first, until = _touched_at(file), time.monotonic() + 3 * TOUCH_SECONDS
+    while time.monotonic() < until:
+        time.sleep(TOUCH_SECONDS / 10)
+        if _touched_at(file) != first:
+            return True
+    return False
+
+
+def _touched_at(file: Path) -> int:
+    """When the file was last written or touched; opening it makes a network file system ask its server."""
+    with file.open("rb") as stream:
+        return os.fstat(stream.fileno()).st_mtime_ns
 
 
 def _locked_message(path: Path, owner: Mapping[str, Any]) -> str:
