@@ -7,7 +7,6 @@
 #   CUDA_VISIBLE_DEVICES=0,1  only these GPUs
 #   LLMTRAIN_RANKS=2          this many processes (two on a CPU, say)
 #   MASTER_PORT=29501         this port, instead of a free one
-#   LLMTRAIN_GRACE=120        seconds that the ranks have to stop in after Ctrl-C or SIGTERM
 #   and those of launch/setup.sh
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

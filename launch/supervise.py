@@ -5,38 +5,101 @@
 `deepspeed` does neither. A signal to it ends it at once and leaves the ranks training; one to its per-node
 child loses the ranks' exit code; and it answers 0 when that child is killed (all tried with 0.19.8). So the
 job gets a session of its own, signals go to the ranks alone, and the launcher reports what they return.
+
+The exit code is the ranks': 85 after SIGTERM and SIGUSR1, 128 + n for a death by signal n, and 0 only if the
+run wrote DONE. 89 is never seen: a run that wants to go back before a spike is started again at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 
 RANK = "llmtrain.train"  # the module that a rank runs
 POLL_SECONDS = 0.2
 STRAGGLER_SECONDS = 5.0  # for a logger's helper to send its last lines
+SPARE_SECONDS = 10.0  # a rank ends itself when its grace is over; this much later we do
+PREEMPTED, REWIND = 85, 89  # of llmtrain.config.ExitCode
+MOST_REWINDS = 5  # in a row without a newer checkpoint
 TO_RANKS = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGTERM,  # the terminal is gone: stop in an orderly way
 }
+REQUEUES = {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+
+
+class Told:
+    """What the ranks say of their run, in a file that LLMTRAIN_SUPERVISOR names to them."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="llmtrain-launch-"))
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "run.json"
+
+    def read(self) -> dict[str, Any]:
+        """{run, grace_seconds, done}; empty before a rank has read its config."""
+        try:
+            return json.loads(self.file.read_text())
+        except FileNotFoundError:
+            return {}
+
+    @property
+    def grace(self) -> float:
+        """Seconds that ranks take to stop at most; those that have told nothing yet stop at once."""
+        return float(self.read().get("grace_seconds", 0.0)) + SPARE_SECONDS
+
+    @property
+    def done(self) -> bool:
+        """Whether the ranks say that the run is done, and its marker stands."""
+        told = self.read()
+        return bool(told.get("done")) and (Path(told["run"]) / "DONE").exists()
+
+    @property
+    def newest(self) -> str:
+        """The name of the newest checkpoint; names are in the order of steps."""
+        run = self.read().get("run")
+        names = (path.name for path in Path(run, "checkpoints").glob("step_*")) if run else ()
+        return max(names, default="")
+
+    def forget(self) -> None:
+        """A new start tells anew."""
+        self.file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Job:
     """A command in its own session, and every process that it starts there."""
 
-    def __init__(self, command: list[str]) -> None:
-        self.process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
-        self._had_ranks = False
+    def __init__(self, command: list[str], told: Told, started: float) -> None:
+        """`started`: when the first of the jobs that run this command one after another was."""
+        told.forget()
+        self.told = told
+        self.process = subprocess.Popen(
+            command,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "LLMTRAIN_SUPERVISOR": str(told.file), "LLMTRAIN_STARTED": repr(started)},
+        )
+        self.had_ranks = False
 
     def is_alive(self) -> bool:
         """Whether the command or something that it started still runs; takes up to POLL_SECONDS to see."""
@@ -67,18 +130,18 @@ class Job:
         Later the launchers are left alone: they wait for the ranks and pass their exit code on.
         """
         ranks = self.ranks()
-        self._had_ranks = self._had_ranks or bool(ranks)
-        for process in ranks if self._had_ranks else self.members():
+        self.had_ranks = self.had_ranks or bool(ranks)
+        for process in ranks if self.had_ranks else self.members():
             if process.pid not in told:
                 told.add(process.pid)
                 send(process, number)
 
-    def stop(self, grace: float) -> None:
-        """Ask the ranks to stop and end whatever is left after `grace` seconds."""
-        deadline, told = time.monotonic() + grace, set[int]()
+    def stop(self) -> None:
+        """Ask the ranks to stop, and end whatever is left after their grace."""
+        began, told = time.monotonic(), set[int]()
         while self.members():
             self.tell(signal.SIGTERM, told)
-            if time.monotonic() > deadline:
+            if time.monotonic() > began + self.told.grace:
                 self.kill()
             time.sleep(POLL_SECONDS)
 
@@ -110,14 +173,20 @@ def send(process: psutil.Process, number: int) -> None:
         process.send_signal(number)
 
 
-def shell_code(code: int) -> int:
-    """The exit code as a shell says it: 128 + n for a death by signal n.
+def died_of(code: int) -> int:
+    """The signal that a process died of, 0 if it ended by itself.
 
     Popen says -n; launch.py hands a rank's -n to sys.exit, which makes it 256 - n.
     """
     if code < 0:
-        return 128 - code
-    return 128 + 256 - code if code > 256 - 32 else code
+        return -code
+    return 256 - code if code > 256 - 32 else 0
+
+
+def shell_code(code: int) -> int:
+    """The exit code as a shell says it: 128 + n for a death by signal n."""
+    number = died_of(code)
+    return 128 + number if number else code
 
 
 def say(text: str) -> None:
@@ -136,68 +205,95 @@ def listen() -> list[signal.Signals]:
 
 
 @contextlib.contextmanager
-def guarded(job: Job, grace: float) -> Iterator[None]:
+def guarded(job: Job) -> Iterator[None]:
     """Keep a process beside this one that stops the job when this one is gone, even by SIGKILL."""
     reading, writing = os.pipe()
     guard = os.fork()
     if guard == 0:
         os.close(writing)
-        _guard(job, grace, reading)
+        _guard(job, reading)
     os.close(reading)
     yield  # `writing` is open here alone, for as long as we live
+    os.write(writing, b".")
     os.close(writing)
     os.waitpid(guard, 0)
 
 
-def _guard(job: Job, grace: float, reading: int) -> NoReturn:
+def _guard(job: Job, reading: int) -> NoReturn:
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # else whoever reads our output would wait for the guard, too
         os.dup2(nothing, descriptor)
     for number in TO_RANKS:
         signal.signal(number, signal.SIG_IGN)
-    os.read(reading, 1)  # returns when the other end is closed
-    job.stop(grace)
+    if not os.read(reading, 1):  # the other end is closed, and nobody has said that all is well
+        job.stop()
+        job.told.close()
     os._exit(0)
 
 
-def supervise(command: list[str], grace: float) -> int:
-    """Run `command` to its end and return its exit code, as a shell says it.
+def supervise(command: list[str]) -> int:
+    """Run `command` to its end, again as long as it wants to rewind, and return the exit code.
 
-    After the first signal the ranks have `grace` seconds to stop; a second Ctrl-C ends them at once. A
-    launcher that ends before its ranks has failed, whatever it returns.
+    After the first signal the ranks have their grace to stop; a second Ctrl-C ends them at once. A launcher
+    that ends before its ranks has failed, whatever it returns.
     """
-    received = listen()
-    job = Job(command)
-    with guarded(job, grace):
-        return _follow(job, received, grace)
+    received, told, started = listen(), Told(), time.time()
+    newest, in_vain = "", 0
+    with contextlib.closing(told):
+        while True:
+            job = Job(command, told, started)
+            with guarded(job):
+                code = _follow(job, received)
+            if code != REWIND:
+                return code
+            if received:
+                return PREEMPTED
+            newest, in_vain = max(newest, told.newest), 0 if told.newest > newest else in_vain + 1
+            if in_vain > MOST_REWINDS:
+                say(f"{in_vain} rewinds in a row without a newer checkpoint: not starting again")
+                return code
+            say("the run goes back before a spike: starting it again")
 
 
-def _follow(job: Job, received: list[signal.Signals], grace: float) -> int:
-    told: dict[signal.Signals, set[int]] = {}
-    deadline = math.inf
-    lost_ranks = None
+def _follow(job: Job, received: list[signal.Signals]) -> int:
+    sent: dict[signal.Signals, set[int]] = {}
+    asked, ended, lost_ranks = math.inf, math.inf, False
     while job.is_alive():
-        if job.process.returncode is not None and lost_ranks is None:
-            lost_ranks = bool(job.ranks())
-            deadline = min(deadline, time.monotonic() + (grace if lost_ranks else STRAGGLER_SECONDS))
+        if job.process.returncode is not None and ended == math.inf:
+            ended, lost_ranks = time.monotonic(), bool(job.ranks())
             if lost_ranks:
                 say("the launcher is gone: stopping the ranks that it left")
-                told[signal.SIGTERM] = set()
-        for number in [number for number in received if number not in told]:
+                sent[signal.SIGTERM], asked = set(), min(asked, ended)
+        for number in [number for number in received if number not in sent]:
             say(f"{number.name}: stopping (Ctrl-C again to kill)")
-            told[number] = set()
-            deadline = min(deadline, time.monotonic() + grace)
-        for number, pids in told.items():
+            sent[number], asked = set(), min(asked, time.monotonic())
+        for number, pids in sent.items():
             job.tell(TO_RANKS[number], pids)  # again in every round: a rank may have started since
-        if received.count(signal.SIGINT) > 1 or time.monotonic() > deadline:
+        now = time.monotonic()
+        late = now > asked + job.told.grace or (not lost_ranks and now > ended + STRAGGLER_SECONDS)
+        if received.count(signal.SIGINT) > 1 or late:
             job.kill()
-    return shell_code(job.process.returncode) or int(bool(lost_ranks))
+    return _verdict(job, received, lost_ranks)
+
+
+def _verdict(job: Job, received: list[signal.Signals], lost_ranks: bool) -> int:
+    """What became of the job, as promised; the ranks' own word where the launcher passes it on."""
+    code = shell_code(job.process.returncode)
+    if code == 0 and job.told.done and not lost_ranks:
+        return 0
+    asked = {TO_RANKS[number] for number in REQUEUES.intersection(received)}
+    began = job.had_ranks or job.told.read()
+    if asked and (not began or died_of(job.process.returncode) in asked):
+        return PREEMPTED  # a rank dies of such a signal only before it has anything to save
+    if code == 0:
+        say("the launcher ended with 0, but the run did not write DONE")
+    return code or 1
 
 
 def main() -> int:
     """Supervise the command in argv."""
-    code = supervise(sys.argv[1:], float(os.environ.get("LLMTRAIN_GRACE", "120")))
+    code = supervise(sys.argv[1:])
     if code and sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # a progress bar that was killed leaves the cursor hidden
     return code

@@ -22,6 +22,17 @@ from pathlib import Path
 folder, rank = Path(os.environ["STAND_IN"]), os.environ.get("RANK", "alone")
 mode = os.environ.get("MODE", "return")
 
+def tell(done):
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    if done:
+        (run / "DONE").touch()
+    facts = {"run": str(run), "grace_seconds": float(os.environ.get("GRACE", 60)), "done": done}
+    note("told", facts)
+    if file := os.environ.get("LLMTRAIN_SUPERVISOR"):
+        Path(f"{file}.{rank}").write_text(json.dumps(facts))
+        Path(f"{file}.{rank}").rename(file)
+
 def note(kind, content):
     path = folder / f"{kind}-{rank}"
     path.with_name(path.name + ".new").write_text(json.dumps(content))
@@ -35,12 +46,24 @@ def stop(number, frame):
         time.sleep(0.3)
         os._exit(85)
 
+if mode != "early":
+    tell(done=False)
 if mode in ("orderly", "stubborn"):
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, stop)
 note("started", {"argv": sys.argv[1:], "tty": sys.stdout.isatty(), "pid": os.getpid(),
                  "environment": dict(os.environ)})
+if mode == "rewind":
+    starts = folder / "starts"
+    count = len(starts.read_text()) if starts.exists() else 0
+    starts.write_text("." * (count + 1))
+    if count < int(os.environ.get("PROGRESS", "0")):
+        (folder / "run" / "checkpoints" / f"step_{count:08d}").mkdir(parents=True)
+    if count < int(os.environ["REWINDS"]):
+        sys.exit(89)
+    mode = "return"
 if mode == "return":
+    tell(done=os.environ.get("CODE", "0") == "0" and "UNDONE" not in os.environ)
     sys.exit(int(os.environ.get("CODE", "0")) if rank in ("0", "alone") else 0)
 while True:
     time.sleep(0.05)

@@ -35,8 +35,11 @@ def run(environment: dict[str, str], *arguments: str, **variables: str) -> subpr
 
 @pytest.fixture
 def launcher(environment, tmp_path) -> dict[str, str]:
-    """A machine without GPUs and with a launcher that only notes its arguments in `called`."""
-    note = f'echo "${{CUDA_VISIBLE_DEVICES-unset}} ${{DS_ACCELERATOR-unset}} $*" >{tmp_path}/called'
+    """A machine without GPUs and with a launcher that notes its arguments in `called` and says done."""
+    (tmp_path / "DONE").touch()
+    told = json.dumps({"run": str(tmp_path), "grace_seconds": 1, "done": True})
+    note = f"echo '{told}' >$LLMTRAIN_SUPERVISOR\n"
+    note += f'echo "${{CUDA_VISIBLE_DEVICES-unset}} ${{DS_ACCELERATOR-unset}} $*" >{tmp_path}/called'
     executable(tmp_path / "bin" / "deepspeed", note)
     executable(tmp_path / "bin" / "nvidia-smi", "exit 9")
     return environment | {"PATH": f"{tmp_path}/bin:{environment['PATH']}"}

@@ -60,7 +60,8 @@ def test_a_signal_reaches_each_rank_once_and_their_code_comes_back(start, stand_
 
 
 @pytest.mark.parametrize(
-    ("number", "sent"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")]
+    ("number", "sent"),
+    [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGUSR1"), ("SIGHUP", "SIGTERM")],
 )
 def test_what_the_ranks_are_told(start, stand_in, number, sent):
     """A lost terminal asks for an orderly stop."""
@@ -102,14 +103,51 @@ def test_a_killed_supervisor_takes_its_ranks_along(start, stand_in):
         time.sleep(0.1)
 
 
-def test_a_signal_before_there_are_ranks_ends_the_launcher(start, stand_in, port):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_there_are_ranks_ends_the_launcher(start, stand_in, port, number):
+    """Nothing is lost: the job can be queued again."""
     job = start(*DEEPSPEED, f"--master_port={port}", "--module", "llmtrain.train", MODE="endless")
     while len(stand_ins(stand_in)) < 2:  # the supervisor and the launcher, which is still importing
         assert job.poll() is None
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     job.communicate(timeout=60)
-    assert job.returncode == 143
+    assert job.returncode == 85
     assert stand_ins(stand_in) == []
+
+
+def test_a_signal_before_a_rank_listens_loses_nothing(start, stand_in, port):
+    """The rank dies of it, as a rank does that is still importing."""
+    job = start(*DEEPSPEED, f"--master_port={port}", "--module", "llmtrain.train", MODE="early")
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    job.send_signal(signal.SIGUSR1)
+    job.communicate(timeout=60)
+    assert job.returncode == 85
+    assert stand_ins(stand_in) == []
+
+
+def test_success_needs_the_marker_and_the_word_of_the_ranks(start, stand_in):
+    (stand_in / "run").mkdir()
+    (stand_in / "run" / "DONE").touch()  # of an earlier start
+    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="return", UNDONE="1")
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert errors.splitlines() == ["launch: the launcher ended with 0, but the run did not write DONE"]
+    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="return")
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("rewinds", "progress", "code", "starts"), [(2, 0, 0, 3), (9, 7, 0, 10), (99, 1, 89, 7)]
+)
+def test_a_run_that_rewinds_is_started_again(start, stand_in, rewinds, progress, code, starts):
+    """While it gets on: `progress` of its first starts write a checkpoint."""
+    command = (sys.executable, SUPERVISE, sys.executable, "-m", "llmtrain.train")
+    job = start(*command, MODE="rewind", REWINDS=str(rewinds), PROGRESS=str(progress))
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == code, errors
+    assert len((stand_in / "starts").read_text()) == starts
+    assert ("not starting again" in errors) == (code == 89)
 
 
 def test_a_second_ctrl_c_kills_ranks_that_do_not_stop(start, stand_in):
@@ -125,7 +163,7 @@ def test_a_second_ctrl_c_kills_ranks_that_do_not_stop(start, stand_in):
 
 
 def test_ranks_that_do_not_stop_are_killed_after_the_grace_time(start, stand_in):
-    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="stubborn", LLMTRAIN_GRACE="1")
+    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="stubborn", GRACE="-9")
     wait_for(stand_in / "started-0", stand_in / "started-1")
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=30)
@@ -147,7 +185,9 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(start, stand_in):
 
 def test_a_helper_that_lingers_after_success_does_not_spoil_it(start, stand_in):
     """A logger's helper gets some seconds, then it is ended; the run was a success all the same."""
-    job = start(sys.executable, SUPERVISE, "bash", "-c", "sleep 300 & exit 0")
+    job = start(
+        sys.executable, SUPERVISE, "bash", "-c", "sleep 300 & python -m llmtrain.train", MODE="return"
+    )
     job.communicate(timeout=30)
     assert job.returncode == 0
     assert stand_ins(stand_in) == []
