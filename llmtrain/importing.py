@@ -9,23 +9,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-SAID = {signal.SIGINT: b"error: interrupted\n", signal.SIGTERM: b"error: stopped by SIGTERM\n"}
+SAID = {
+    signal.SIGINT: b"error: interrupted\n",
+    signal.SIGTERM: b"error: stopped by SIGTERM\n",
+    signal.SIGUSR1: b"error: stopped by SIGUSR1\n",
+}
+UNTOUCHED = (signal.SIG_DFL, signal.default_int_handler)
 
 
 @contextmanager
-def signals_end_it() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process at once, with one line and what the shell calls the signal.
+def signals_end_it(preempted: int | None = None) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGUSR1 end the process at once, with one line and what the shell calls the signal.
 
-    There is nothing to unwind, and libraries turn an exception amid their imports into others.
+    There is nothing to unwind, and libraries turn an exception amid their imports into others. `preempted` is
+    the exit code instead, except after Ctrl-C. A signal that somebody else takes, before or meanwhile, stays
+    theirs.
     """
-    before = {number: handler for number in SAID if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+
+    def leave(number: int, _: object) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, SAID[signal.Signals(number)])
+        os._exit(128 + number if preempted is None or number == signal.SIGINT else preempted)
+
+    before = {number: handler for number in SAID if (handler := signal.getsignal(number)) in UNTOUCHED}
     for number in before:
-        signal.signal(number, _leave)
+        signal.signal(number, leave)
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is leave:
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -37,9 +51,3 @@ def quiet_libraries() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _leave(number: int, _: object) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, SAID[signal.Signals(number)])
-    os._exit(128 + number)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
+from llmtrain.config import ExitCode
 from llmtrain.config.hydra import hydra_door
+from llmtrain.importing import signals_end_it
 from llmtrain.training import train_config
+from llmtrain.training.launcher import launchers, tell_supervisor
 
 if TYPE_CHECKING:
+    from llmtrain.distributed import World
     from llmtrain.training.config import TrainConfig
+    from llmtrain.training.signals import StopRequest
 
 
 def train(config: TrainConfig) -> int:
+    """Stop in an orderly way when asked to; tell the launch script of the run."""
+    from llmtrain import distributed
+    from llmtrain.training.signals import StopRequest
+
+    world = distributed.World.from_environment()
+    stop = StopRequest(config.grace_seconds, config.time_limit)
+    with stop.listening(launchers()):
+        if world.local_rank == 0:
+            tell_supervisor(config.output_dir, config.grace_seconds)
+        code = _train(config, world, stop)
+        if world.local_rank == 0 and code == ExitCode.OK:
+            tell_supervisor(config.output_dir, config.grace_seconds, done=True)
+    return code
+
+
+def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
     """Build every part in the order data flows, resume if there is a checkpoint, run the loop."""
     from llmtrain import distributed
     from llmtrain.data.prepare import prepare
@@ -22,24 +43,25 @@ def train(config: TrainConfig) -> int:
     from llmtrain.training.watchdog import longest_wait, watched
 
     heart = Heart()
-    world = distributed.World.from_environment()
     check_start(config, world)
     if is_done(config):
-        return 0
-    heart.beat("prepare")
-    background = config.data.prepares_in_background
-    prepared = prepare(
-        config.data,
-        tokenizer_of(config),
-        config.cache_dir,
-        background=background,
-        workers=config.data.workers,
-    )
-    with closing(prepared):
+        return ExitCode.OK
+    distributed.initialize(world, longest_wait(config.hang_timeout))
+    with ExitStack() as ends:
         directory = open_run(config, world)
-        distributed.initialize(world, longest_wait(config.hang_timeout))
+        ends.callback(directory.unlock)
+        heart.beat("prepare")
+        prepared = prepare(
+            config.data,
+            tokenizer_of(config),
+            config.cache_dir,
+            background=config.data.prepares_in_background,
+            workers=config.data.workers,
+            world=world,
+        )
+        ends.enter_context(closing(prepared))
         with watched(directory, world, heart, config.hang_timeout, goes_on=config.resume != "never"):
-            run = build_run(config, world, directory, prepared, heart)
+            run = build_run(config, world, directory, prepared, stop, heart)
             begin(run)
             fit(run)
             code = finish(run)
@@ -49,7 +71,9 @@ def train(config: TrainConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain train`, `python -m llmtrain.train` and `deepspeed --module llmtrain.train`."""
-    return hydra_door(train_config, train, __doc__, argv)
+    launchers()
+    with signals_end_it(ExitCode.PREEMPTED):
+        return hydra_door(train_config, train, __doc__, argv)
 
 
 if __name__ == "__main__":

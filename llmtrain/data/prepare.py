@@ -62,15 +62,18 @@ def prepare(
     background: bool = False,
     part: tuple[int, int] = (1, 1),
     workers: int | None = None,
+    world: World | None = None,
 ) -> Prepared:
     """Shards of every source and the tokenizer they were made with; quick where they exist already.
 
     Any number of processes and machines may call it at any time: each part is made by one of them. With
     `background` it returns while parts are still made, by processes of local rank 0. `part` (3, 16) makes
-    the third of sixteen shares only. UserError for text that cannot be read, a boundary policy that the
-    tokenizer cannot serve, or prepared shards of another tokenizer.
+    the third of sixteen shares only. `world` is this process's place where the environment does not say it.
+    UserError for text that cannot be read, a boundary policy that the tokenizer cannot serve, or prepared
+    shards of another tokenizer.
     """
     check_inputs(data)
+    world = world or World.from_environment()
     if isinstance(tokenizer, TokenizerConfig):
         tokenizer, _ = build_tokenizer(data, tokenizer, cache_dir)
     boundary_ids(data.boundary, tokenizer)
@@ -78,13 +81,13 @@ def prepare(
     jobs = _missing(prepared, part)
     if jobs and background and not _is_small(jobs):
         if (saved := _saved(tokenizer, cache_dir)) is not None:
-            prepared.crew = _crew_beside(jobs, tokenizer, saved, workers)
+            prepared.crew = _crew_beside(jobs, tokenizer, saved, workers, world)
             return prepared
         logger.info(
             "data.preparation=background: other processes cannot load a %s, so everything is prepared first",
             type(tokenizer).__name__,
         )
-    _make_all(jobs, tokenizer, cache_dir, progress, workers)
+    _make_all(jobs, tokenizer, cache_dir, progress, workers, world)
     return _without_empty(prepared)
 
 
@@ -160,12 +163,16 @@ def _is_small(jobs: list[Job]) -> bool:
 
 
 def _make_all(
-    jobs: list[Job], tokenizer: Tokenizer, cache_dir: Path, progress: Progress | None, workers: int | None
+    jobs: list[Job],
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    progress: Progress | None,
+    workers: int | None,
+    world: World,
 ) -> None:
     """Have all these parts there, by processes if that is worth it."""
     if not jobs:
         return
-    world = World.from_environment()
     if world.local_rank > 0:  # people watch local rank 0's console; the others help if there is more to do
         time.sleep(HEAD_START)
         progress = SilentProgress()
@@ -219,9 +226,10 @@ def _make_here(jobs: list[Job], tokenizer: Tokenizer, tell: _Totals) -> None:
         preparation.finish()
 
 
-def _crew_beside(jobs: list[Job], tokenizer: Tokenizer, saved: Path, workers: int | None) -> Crew | None:
+def _crew_beside(
+    jobs: list[Job], tokenizer: Tokenizer, saved: Path, workers: int | None, world: World
+) -> Crew | None:
     """Processes of local rank 0 that work beside training; None on other ranks."""
-    world = World.from_environment()
     if world.local_rank > 0:
         return None
     for preparation in _preparations(jobs):

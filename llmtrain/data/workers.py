@@ -58,7 +58,12 @@ _ALONE = {  # a process a core: threads inside would only be in each other's way
 
 
 def work(descriptor: str, parent: str, nice: str, tokenizer_directory: str, backend: str = "") -> None:
-    """Make the parts that come over a connection until it ends; the main function of a worker."""
+    """Make the parts that come over a connection until it ends; the main function of a worker.
+
+    A scheduler's signals go to every process of a job. What they ask is the parent's to do.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     _die_with(int(parent))
     os.nice(int(nice))
     tokenizer = _load_alone(Path(tokenizer_directory), backend or None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmtrain import distributed
-from llmtrain.config import UserError
+from llmtrain.config import ExitCode, UserError
 from llmtrain.config.secrets import redact
 from llmtrain.data.config import DataConfig
 from llmtrain.data.dataset import PackedDataset
@@ -96,6 +96,8 @@ class Run:
     """Steps in a row that were not applied."""
     losses: SourceLosses = field(default_factory=SourceLosses)
     loggers: Sequence[Logger] = ()
+    cut_short: bool = False
+    """Whether a stop left out what is due after the last step."""
     waits: bool = False
     """Whether text may still be on its way when a step needs it; the same on every rank."""
     reported: float = -math.inf
@@ -169,10 +171,18 @@ def tokenizer_of(config: TrainConfig) -> TokenizerConfig | Tokenizer:
 
 
 def open_run(config: TrainConfig, world: World) -> RunDirectory:
-    """This run's directory, locked by rank 0. Nothing in it changes before the run begins."""
-    directory = RunDirectory(config.output_dir)
+    """This run's directory, locked by rank 0; collective: a lock of another job ends every rank, with 73.
+
+    Nothing in it changes before the run begins.
+    """
+    directory, refusal = RunDirectory(config.output_dir), None
     if world.is_main:
-        directory.lock()
+        try:
+            directory.lock()
+        except UserError as error:
+            refusal = error.lines
+    if refusal := distributed.broadcast_object(refusal):
+        raise UserError(*refusal, exit_code=ExitCode.LOCKED)
     return directory
 
 
@@ -181,16 +191,15 @@ def build_run(
     world: World,
     directory: RunDirectory,
     prepared: Prepared,
+    stop: StopRequest | None = None,
     heart: Heart | None = None,
 ) -> Run:
-    """Every part of the run; collective, after the process group has started.
+    """Every part of the run; collective, after the process group has started. Without `stop` nobody asks.
 
     A checkpoint to go on from is compared with the config before anything large is built.
     """
     heart = heart or Heart()
     heart.beat("build")
-    stop = StopRequest()
-    stop.listen()
     tokenizer, step, changed = prepared.tokenizer, 0, list[Change]()
     judged: Sequence[Sequence[float]] = ()
     train_sources, held_out = open_alike(prepared)
@@ -238,7 +247,7 @@ def build_run(
         changed=changed,
         rejected=chosen.rejected if chosen else (),
         saver=build_saver(config.checkpoint, world, directory, heart, checkpoint=checkpoint, step=step),
-        stop=stop,
+        stop=stop or StopRequest(),
         clock=StepClock(engine.device, step),
         heart=heart,
         corruption=CorruptionCheck(config.corruption_check),

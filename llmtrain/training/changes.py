@@ -43,6 +43,8 @@ TABLE: dict[str, tuple[Rule, str]] = {
     "corruption_check": ("safe", "watches only"),
     "spikes": ("safe", "when a step is left out, not how it is computed"),
     "checkpoint": ("safe", "when to save"),
+    "time_limit": ("safe", "when to stop"),
+    "grace_seconds": ("safe", "when to stop"),
     "compile": ("safe", "the same function, up to rounding"),
     "activation_checkpointing": ("safe", "the same function"),
     "ranks": ("safe", "the same rows, up to rounding"),

@@ -34,6 +34,7 @@ from llmtrain.training.corruption import CorruptionConfig
 from llmtrain.training.engine.config import DeepSpeedConfig, Precision, ResolvedPrecision
 from llmtrain.training.engine.optimizers import check_muon
 from llmtrain.training.loggers import LoggerConfig
+from llmtrain.training.signals import Seconds
 from llmtrain.training.sizing.hardware import HardwareConfig
 from llmtrain.training.spikes import SpikeConfig
 
@@ -74,6 +75,8 @@ class TrainConfig(Config):
     resume_changes: list[str]
     log_every: Count
     hang_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    time_limit: Seconds | None
+    grace_seconds: Annotated[float, Field(gt=0)]
     model: ModelConfig
     tokenizer: choice(TokenizerConfig, SentencePieceConfig, HuggingFaceConfig, BytesConfig)  # type: ignore[valid-type]
     data: DataConfig
@@ -136,6 +139,11 @@ class TrainConfig(Config):
             raise ValueError(
                 f"fp8={self.fp8}: micro_batch_size x seq_len = {self.micro_batch_size} x {self.seq_len} = "
                 f"{tokens} tokens, not a multiple of {MULTIPLE}; change one of the two, or fp8=false"
+            )
+        if self.time_limit is not None and self.time_limit <= self.grace_seconds:
+            raise ValueError(
+                f"time_limit={self.time_limit:g} seconds is not above grace_seconds={self.grace_seconds:g}, "
+                "which finishing may take of it; change one of the two"
             )
         curriculum = self.data.curriculum
         if curriculum is not None and curriculum.from_length > self.seq_len:

@@ -71,6 +71,10 @@ class Unigram:
         return total
 
 
+class CutShortError(Exception):
+    """Somebody asked to stop amid an evaluation."""
+
+
 @dataclass(frozen=True)
 class Score:
     """Summed losses in nats over `tokens` targets that stand for `bytes` of text; None was not measured."""
@@ -133,19 +137,21 @@ def evaluate_model(
     world: World,
     unigram: Unigram | None = None,
     shuffle_seed: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Scores of held-out text: {"sources": {name: {loss, bits_per_byte, ...}}, "all": {...}}.
 
     `loss(batch)` sums each row's target losses [rows] without gradient and is called equally often on every
     rank. Sums are float64 and over all ranks, so that neither ranks nor rows change the result beyond
     rounding. A baseline is None without its `unigram` (which one rank may have alone; "unigram_tokens" says
-    what it was counted from) or its `shuffle_seed`.
+    what it was counted from) or its `shuffle_seed`. `stop` is asked before each batch and answers alike on
+    every rank; once it says so, this raises CutShortError.
     """
     if not held_out:
         raise UserError(
             "no held-out documents: data.validation_fraction was 0, or too small for so little text"
         )
-    sums = torch.stack([_sum_losses(loss, text, world, shuffle_seed) for text in held_out.values()])
+    sums = torch.stack([_sum_losses(loss, text, world, shuffle_seed, stop) for text in held_out.values()])
     totals = distributed.all_reduce_sum(sums).tolist()
     scores = [
         Score(
@@ -176,7 +182,11 @@ def shuffle_context(batch: Batch, seeds: Sequence[Sequence[int]]) -> Batch:
 
 
 def _sum_losses(
-    loss: Callable[[Batch], torch.Tensor], text: HeldOut, world: World, seed: int | None
+    loss: Callable[[Batch], torch.Tensor],
+    text: HeldOut,
+    world: World,
+    seed: int | None,
+    stop: Callable[[], bool],
 ) -> torch.Tensor:
     """[model, shuffled, targets] of this rank's batches, float64, on the device of the losses.
 
@@ -185,6 +195,8 @@ def _sum_losses(
     """
     total: torch.Tensor | float = 0.0
     for turn in range(max(1, math.ceil(len(text) / world.world_size))):
+        if stop():
+            raise CutShortError
         index = turn * world.world_size + world.rank
         batch = text.batch(index)
         model = loss(batch).double().sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
@@ -38,6 +39,8 @@ class Launched:
     step: int
     lr: float
     pending: PendingStep
+    began: float
+    """When it was begun, by time.perf_counter."""
 
 
 def fit(run: Run) -> None:
@@ -64,6 +67,8 @@ def _loop(run: Run, batches: Batches) -> None:
     """
     every = run.config.checkpoint.every
     late: Launched | None = None
+    if run.finished:
+        _complete(run)
     _go(run)
     while not (run.finished or run.stop.agreed):
         due = [callback for callback in run.callbacks if callback.is_due(run, run.step + 1)]
@@ -81,10 +86,26 @@ def _loop(run: Run, batches: Batches) -> None:
         _settle(run, launched, due, saves)
         if checks:
             run.corruption.check(run)
+        if due:
+            run.stop.poll(run.engine.device)
         if saves or run.stop.agreed:
             save(run)
+            run.stop.poll(run.engine.device)
         if saves or due:
             _go(run)
+
+
+def _complete(run: Run) -> None:
+    """Do what is due after the last step, which was saved: a stop may have left it out."""
+    due = [callback for callback in run.callbacks if callback.is_due(run, run.step)]
+    line: dict[str, Any] = {"step": run.step}
+    if run.world.is_main:
+        lines = run.directory.read_metrics()
+        line = next((before for before in reversed(lines) if before["step"] == run.step), line)
+    for callback in due:
+        callback.load(run, run.step)
+        callback.after_step(run, line)
+    _log(run, line)
 
 
 def _go(run: Run) -> None:
@@ -97,19 +118,21 @@ def _go(run: Run) -> None:
 def _launch(run: Run, batch: Batch) -> Launched:
     """Give the device the next step; nothing waits for it."""
     lr = run.config.optimizer.lr * run.schedule(run.step + 1)
+    began = time.perf_counter()
     run.corruption.watch(batch)
     limits = run.spikes.limits(run.step + 1)
     pending = run.engine.train_step(batch, lr, stop=run.stop.requested, limits=limits)
     run.step += 1
-    return Launched(run.step, lr, pending)
+    return Launched(run.step, lr, pending, began)
 
 
 def _settle(run: Run, launched: Launched, due: Sequence[Callback] = (), saves: bool = False) -> None:
     """Read what a step was, and see to what follows from it; `saves`: a save is part of that."""
     run.heart.beat("read")
     step, result = launched.step, launched.pending.result()
+    run.stop.step_took(time.perf_counter() - launched.began)
+    run.stop.agree(result.stop)
     run.skipped = 0 if result.applied else run.skipped + 1
-    run.stop.agreed = result.stop
     run.goodput.trained = max(run.goodput.trained, step)
     run.losses.add(result)
     last = step == run.step and (run.finished or result.stop)
@@ -181,8 +204,7 @@ def _await(run: Run, loads: Sequence[Future[Any]]) -> bool:
             if waited:
                 run.clock.restart(run.step)
             return True
-        if stop:
-            run.stop.agreed = True
+        if run.stop.agree(stop):
             return False
         waited = True
 
@@ -261,15 +283,17 @@ def begin(run: Run) -> None:
 
 def finish(run: Run) -> int:
     """Close the run; returns the exit code of the process."""
+    done = run.finished and not run.cut_short
+    run.stop.saved |= run.saver.holds(run.step)  # one that was written in the background, too
     run.engine.close()
     if run.world.is_main:
-        signal = {} if run.finished else {"signal": run.stop.name}
-        run.directory.append_event("end" if run.finished else "signal", step=run.step, **signal)
+        signal = {} if done else {"signal": run.stop.name}
+        run.directory.append_event("end" if done else "signal", step=run.step, **signal)
         report(run)
         logger.info("report: %s", run.directory.report)
     if run.saver.failures:
         return _end_unsaved(run)
-    if not run.finished:
+    if not done:
         again = "resume=auto" if run.config.resume == "never" else "the same command"
         logger.info("stopped after step %d; %s goes on from there", run.step, again)
         return run.stop.exit_code

@@ -233,6 +233,8 @@ ELSEWHERE: dict[str, str] = {
     "tokenizer.path": "tests/training/test_keys.py::test_tokenizer_path_brings_a_tokenizer_along",
     "resume": "tests/training/test_resume.py::test_resume_never_sets_the_older_run_aside",
     "resume_changes": "tests/training/test_changes.py::test_a_change_that_is_allowed_is_written_down",
+    "time_limit": "tests/training/test_preemption.py::test_a_run_stops_before_its_time_is_over",
+    "grace_seconds": "tests/training/test_preemption.py::test_a_step_that_hangs_ends_with_the_grace",
     "compile": f"{ENGINE}::test_compile_is_on_where_it_is_asked_for",
     "optimizer.momentum": "tests/training/test_optimizers.py::test_muon_s_momentum_is_the_key_s",
     "activation_checkpointing": f"{ENGINE}::test_activation_checkpointing_keeps_fewer_tensors",

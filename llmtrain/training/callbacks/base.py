@@ -14,6 +14,7 @@ from llmtrain.distributed import World
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.training.clock import StepClock
 from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.signals import StopRequest
 
 if TYPE_CHECKING:
     from llmtrain.training.config import TrainConfig
@@ -54,9 +55,14 @@ class Run(Protocol):
     @property
     def clock(self) -> StepClock: ...
     @property
+    def stop(self) -> StopRequest: ...
+    @property
     def step(self) -> int: ...
     @property
     def finished(self) -> bool: ...
+
+    cut_short: bool
+    """Whether a stop left out what is due after the last step."""
 
 
 class Callback:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llmtrain.config import Config
 from llmtrain.training.callbacks.base import Callback
-from llmtrain.training.evaluation import Unigram, evaluate_model, open_held_out
+from llmtrain.training.evaluation import CutShortError, Unigram, evaluate_model, open_held_out
 
 if TYPE_CHECKING:
     from llmtrain.data.heldout import HeldOut
@@ -57,13 +57,18 @@ class EvaluationCallback(Callback):
             return
         step = run.step
         began = time.perf_counter()
-        results = evaluate_model(
-            run.engine.loss,
-            self._texts,
-            world=run.world,
-            unigram=self._unigram,
-            shuffle_seed=run.config.seed if run.finished else None,
-        )
+        try:
+            results = evaluate_model(
+                run.engine.loss,
+                self._texts,
+                world=run.world,
+                unigram=self._unigram,
+                shuffle_seed=run.config.seed if run.finished else None,
+                stop=lambda: run.stop.poll(run.engine.device),
+            )
+        except CutShortError:
+            run.cut_short = run.finished
+            return
         line.update(as_metrics(results))
         if run.world.is_main:
             run.directory.write_json("eval/heldout.json", {"step": step, **results})

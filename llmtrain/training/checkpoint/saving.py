@@ -139,6 +139,10 @@ class Saver:
             attempt.run()
             self.join()
 
+    def holds(self, step: int) -> bool:
+        """Whether the checkpoint of this step is known to be whole."""
+        return step in self._verified
+
     def join(self) -> bool:
         """Wait for the save under way, on every rank; whether the newest save succeeded."""
         if self._under_way is None:

@@ -1,0 +1,51 @@
+"""What ties a rank to the processes that started it: it hears of their death, and tells them of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+SUPERVISOR = "LLMTRAIN_SUPERVISOR"
+"""Environment: the file in which launch/supervise.py reads about the run that it started."""
+
+PROGRAMS = ("deepspeed", "torchrun")
+MODULES = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.launch")
+
+
+@cache
+def launchers() -> tuple[int, ...]:
+    """File descriptors that become readable when a launcher above this process ends; none but on Linux.
+
+    `deepspeed` -> launch.py -> rank, and torchrun -> rank. Nobody else is watched: under nohup a process
+    outlives its shell rightly, and srun ends its tasks itself. Asked for early, so that a launcher that dies
+    while libraries are imported is noticed. PR_SET_PDEATHSIG would tell of the parent alone, and also when
+    only the thread is gone that started the rank.
+    """
+    found: list[int] = []
+    try:
+        for process in psutil.Process().parents():
+            if not is_launcher(process.cmdline()):
+                break
+            found.append(os.pidfd_open(process.pid))
+    except (AttributeError, OSError, psutil.Error):  # another system, an old kernel, or no right to look
+        return tuple(found)
+    return tuple(found)
+
+
+def is_launcher(command: list[str]) -> bool:
+    """Whether `python [-u] [-m] <one of the launchers> ...` is this command line."""
+    words = command[:4]
+    return any(Path(word).name in PROGRAMS or word.startswith(MODULES) for word in words)
+
+
+def tell_supervisor(run: Path, grace_seconds: float, done: bool = False) -> None:
+    """Tell launch/supervise.py, if it started us, which run this is, and whether it is done."""
+    if file := os.environ.get(SUPERVISOR):
+        aside = Path(f"{file}.new")
+        facts = {"run": str(run.resolve()), "grace_seconds": grace_seconds, "done": done}
+        aside.write_text(json.dumps(facts))
+        aside.replace(file)
