@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
+import re
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Union, get_args
 
@@ -19,6 +21,7 @@ from pydantic import (
 )
 
 TARGET = "_target_"
+TARGET_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 class Config(BaseModel):
@@ -91,7 +94,13 @@ def label(config: Config) -> str:
 
 
 def target_class(base: type[Config], target: str) -> type[Config]:
-    """The subclass of `base` that `target`, a dotted import path, names; ValueError if it names none."""
+    """The subclass of `base` that `target`, a dotted import path, names; ValueError if it names none.
+
+    The module is imported, so what stands at its top level runs: a `_target_` is trusted like an installed
+    package. Nothing of the standard library is imported for it (`antigravity` opens a browser), and no path.
+    """
+    if not TARGET_NAME.fullmatch(target) or target.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"{TARGET} {target!r} is not the name of a config class: package.module.Class")
     try:
         cls = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:

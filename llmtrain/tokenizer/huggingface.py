@@ -146,7 +146,7 @@ class HuggingFaceConfig(TokenizerConfig):
 def _parse(content: bytes, path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise UserError(f"{path} holds a {type(parsed).__name__}, not an object")

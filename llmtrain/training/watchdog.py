@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from llmtrain import distributed
 from llmtrain.config import ExitCode, UserError
-from llmtrain.config.secrets import redact
+from llmtrain.config.secrets import without_secrets
 from llmtrain.distributed import World
 from llmtrain.training.goodput import Account, account_before
 from llmtrain.training.hang import Vital, verdict
@@ -249,10 +249,10 @@ class Watchdog:
             "secondary": secondary,
             "type": type(error).__name__,
             "message": str(error),
-            "traceback": "".join(traceback.format_exception(error)).splitlines(),
+            "traceback": without_secrets("".join(traceback.format_exception(error))).splitlines(),
         }
         try:
-            self._directory.write_json(f"crash-rank{self._world.rank}.json", redact(crash))
+            self._directory.write_json(f"crash-rank{self._world.rank}.json", crash)
         except OSError as cause:
             logger.warning("%s: no crash file can be written: %s", self._directory.path, cause)
 

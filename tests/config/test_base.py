@@ -63,10 +63,11 @@ def test_a_built_object_is_accepted_as_it_is() -> None:
     ("target", "reason"),
     [
         ("tests.config.small.SmallConfig", "is not a subclass"),
-        ("os.getcwd", "is not a subclass"),
+        ("pydantic.BaseModel", "is not a subclass"),
+        ("os.getcwd", "is not the name of a config class"),
         ("no_such_package.Thing", "cannot be imported"),
         ("tests.config.small.Nope", "cannot be imported"),
-        ("", "cannot be imported"),
+        ("", "is not the name of a config class"),
     ],
 )
 def test_a_target_must_be_a_subclass_of_the_base(target: str, reason: str) -> None:

@@ -103,7 +103,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"model__position": {"_target_": "os.getcwd"}},
-        "model.position: _target_ 'os.getcwd' is not a subclass of tests.config.small.PositionConfig",
+        "model.position: _target_ 'os.getcwd' is not the name of a config class: package.module.Class",
     ),
 ]
 

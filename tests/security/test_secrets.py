@@ -152,6 +152,23 @@ def guarded(corpus):
         server.shutdown()
 
 
+SINKS = [
+    "config.yaml",
+    "events.jsonl",
+    "metrics.jsonl",
+    "report.html",
+    "data.json",
+    "data/prepared.json",
+    "tokenizer/*",
+    "crash-rank*.json",
+    "heartbeats/*",
+    "checkpoints/*/*",
+    "wandb/*/*.wandb",
+    "wandb/*/logs/debug.log",
+]
+"""What a run writes and its test must have looked at."""
+
+
 def crash_after_three_steps() -> None:
     """In a rank: the fourth step fails, with everything in the message that must not be told."""
     from llmtrain.training.engine.engine import Engine
@@ -191,6 +208,7 @@ def test_nothing_that_a_run_leaves_behind_holds_a_secret(ranks, tiny, guarded, t
 
     looked_at = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()}
     assert {"run", "plan", "plan.txt", "cache"} < looked_at and (run / "report.html").exists()
-    assert list(run.glob("wandb/*/*.wandb")) and list(run.glob("checkpoints/*/*"))
+    assert all(list(run.glob(sink)) for sink in SINKS)
+    assert LEFT_OUT in (run / "crash-rank0.json").read_text()
     assert LEFT_OUT in (run / "config.yaml").read_text()
     assert hits(tmp_path) == []

@@ -72,7 +72,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: {error.strerror}; a directory as Hugging Face writes it is needed"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: holds a {type(value).__name__}, not an object of keys")
@@ -89,6 +89,8 @@ def _by_index(index: Path) -> dict[str, Stored]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, Mapping):
         raise UserError(f"{index}: no weight_map in it, which says the file of each weight; fetch it again")
+    if away := {str(file) for file in files.values() if file != Path(str(file)).name}:
+        raise UserError(f"{index} names {some(away)}: not a file beside it, as weights are; fetch it again")
     if gone := {file for file in {*files.values()} if not (index.parent / file).is_file()}:
         raise UserError(f"{index} names {some(gone)}, not there: the download is not complete")
     headers = {file: _header(index.parent / file) for file in {*files.values()}}

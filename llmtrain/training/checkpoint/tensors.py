@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmtrain.config import UserError
 from llmtrain.training.checkpoint.manifest import Stamp
 
 NAMES = {
@@ -88,17 +89,27 @@ def map_tensors(file: Path) -> dict[str, Tensor]:
 
     A change of such a tensor stays in this process's memory.
     """
+    try:
+        return dict(_map(file))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: no file of tensors, although its digest holds: {error!r}") from error
+
+
+def _map(file: Path) -> Iterator[tuple[str, Tensor]]:
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entries = json.loads(stream.read(length))
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
+    length = int.from_bytes(mapped[:8], "little")
+    room = len(mapped) - 8 - length
+    if room < 0:
+        raise ValueError(f"a header of {length:,} bytes in a file of {len(mapped):,}")
+    entries = json.loads(mapped[8 : 8 + length])
     for name, entry in entries.items():
         begin, end = entry["data_offsets"]
         dtype = TYPES[entry["dtype"]]
-        if begin == end:
-            tensors[name] = torch.empty(0, dtype=dtype)
-            continue
+        if not 0 <= begin <= end <= room:
+            raise ValueError(f"{name} at {begin} to {end} of {room} bytes")
         count = (end - begin) // dtype.itemsize
-        tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=8 + length + begin)
-    return tensors
+        if count:
+            yield name, torch.frombuffer(mapped, dtype=dtype, count=count, offset=8 + length + begin)
+        else:
+            yield name, torch.empty(0, dtype=dtype)
