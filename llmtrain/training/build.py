@@ -207,7 +207,7 @@ def build_run(
     dataset = build_dataset(config, train_sources, rewinds)
     precision = precision_here(config)
     heart.beat("verify")
-    chosen = choose(config.resume, directory.checkpoints, world)
+    chosen = choose(config.resume, directory.checkpoints, world, tick=lambda: heart.beat("verify"))
     checkpoint = chosen.path if chosen else None
     if chosen is not None:
         saved = chosen.record

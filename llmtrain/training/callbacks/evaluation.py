@@ -11,6 +11,7 @@ from pydantic import Field
 from llmtrain.config import Config
 from llmtrain.training.callbacks.base import Callback
 from llmtrain.training.evaluation import CutShortError, Unigram, evaluate_model, open_held_out
+from llmtrain.training.run_directory import disk_may_refuse
 
 if TYPE_CHECKING:
     from llmtrain.data.heldout import HeldOut
@@ -71,7 +72,8 @@ class EvaluationCallback(Callback):
             return
         line.update(as_metrics(results))
         if run.world.is_main:
-            run.directory.write_json("eval/heldout.json", {"step": step, **results})
+            with disk_may_refuse():
+                run.directory.write_json("eval/heldout.json", {"step": step, **results})
             seconds = round(time.perf_counter() - began, 3)
             bits = results["all"]["bits_per_byte"]
             run.directory.append_event("evaluation", step=step, bits_per_byte=bits, seconds=seconds)

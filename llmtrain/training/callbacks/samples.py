@@ -11,7 +11,7 @@ from pydantic import Field
 
 from llmtrain.config import Config, UserError
 from llmtrain.training.callbacks.base import Callback
-from llmtrain.training.run_directory import write_atomically
+from llmtrain.training.run_directory import disk_may_refuse, write_atomically
 
 if TYPE_CHECKING:
     from llmtrain.tokenizer import Tokenizer
@@ -51,7 +51,8 @@ class SampleCallback(Callback):
         step = run.step
         text = self._sample(run, step)
         if run.world.is_main:
-            write_atomically(run.directory.samples / f"step_{step:08d}.txt", text)
+            with disk_may_refuse():
+                write_atomically(run.directory.samples / f"step_{step:08d}.txt", text)
             if run.finished:
                 logger.info("samples after step %d:\n%s", step, printable(text.rstrip()))
 

@@ -59,10 +59,11 @@ class Attempt:
         self._thread = threading.Thread(target=self._keep_crash, name="llmtrain-save", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until the thread is done; raises what ended it."""
-        if self._thread is not None:
-            self._thread.join()
+    def wait(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Until the thread is done, calling `tick` meanwhile; raises what ended it."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(LONGEST_POLL)
+            tick()
         if self._crash is not None:
             raise self._crash
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,17 @@ def find_checkpoint(resume: str, directory: Path) -> Path | None:
     return None
 
 
-def choose(resume: str, directory: Path, world: World, at_most: int | None = None) -> Chosen | None:
+def choose(
+    resume: str,
+    directory: Path,
+    world: World,
+    at_most: int | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Chosen | None:
     """The first of the `candidates` of which every byte is as it was written; collective.
 
-    Ranks share the reading. UserError with every reason where there are candidates and none is good.
+    Ranks share the reading, and call `tick` meanwhile. UserError with every reason where there are candidates
+    and none is good.
     """
     found = distributed.broadcast_object(candidates(resume, directory, at_most) if world.is_main else None)
     rejected: list[DamagedError] = []
@@ -89,7 +96,7 @@ def choose(resume: str, directory: Path, world: World, at_most: int | None = Non
         if isinstance(manifest, DamagedError):
             wrong = [manifest]
         else:
-            mine = damages(path, share(manifest.files, world.rank, world.world_size))
+            mine = damages(path, share(manifest.files, world.rank, world.world_size), tick=tick)
             wrong = [error for errors in distributed.gather_objects(mine) for error in errors]
         if not wrong:
             record = distributed.broadcast_object(read_record(path) if world.is_main else None)

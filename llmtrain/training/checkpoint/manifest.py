@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,13 @@ def check(checkpoint: Path, name: str, stamp: Stamp, *, content: bool = True) ->
 
 
 def damages(
-    checkpoint: Path, files: Mapping[str, Stamp], *, content: bool = True, threads: int | None = None
+    checkpoint: Path,
+    files: Mapping[str, Stamp],
+    *,
+    content: bool = True,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[DamagedError]:
-    """What is wrong with these files; several are read at a time."""
+    """What is wrong with these files; several are read at a time, and `tick` is called meanwhile."""
 
     def one(item: tuple[str, Stamp]) -> DamagedError | None:
         try:
@@ -129,8 +133,11 @@ def damages(
             return error
         return None
 
-    with ThreadPoolExecutor(threads or min(8, usable_cores())) as pool:
-        return [found for found in pool.map(one, files.items()) if found]
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
+        reading = [pool.submit(one, item) for item in files.items()]
+        while wait(reading, timeout=1).not_done:
+            tick()
+    return [found for file in reading if (found := file.result())]
 
 
 def share(files: Mapping[str, Stamp], rank: int, ranks: int) -> dict[str, Stamp]:

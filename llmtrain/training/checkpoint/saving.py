@@ -148,7 +148,7 @@ class Saver:
         if self._under_way is None:
             return not self.failures
         (attempt, needed, free), self._under_way = self._under_way, None
-        attempt.wait()
+        attempt.wait(self._tick)
         errors = distributed.gather_objects(attempt.error)
         if errors[0] is None:  # rank 0 has published it
             self._verified.add(attempt.step)
