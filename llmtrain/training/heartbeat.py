@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import psutil
@@ -33,10 +35,10 @@ class Heart:
     """The newest beat of this rank. Any thread may read `last`; only the one that trains calls `beat`."""
 
     def __init__(self) -> None:
-        now = time.monotonic()
-        self.started = psutil.Process().create_time()
+        age = _process_age()
+        self.started = time.time() - age
         """When this process began, on the wall clock."""
-        self.last = Beat("import", 0, 0, now - (time.time() - self.started))
+        self.last = Beat("import", 0, 0, time.monotonic() - age)
         self.source: Callable[[], str] = str
         """Says which source's text is awaited; empty where none is."""
         self.goodput = Goodput()
@@ -52,3 +54,12 @@ class Heart:
         else:
             self.last = Beat(phase, step, 0, now)
         self.goodput.spend(last.phase, last.step, now - last.at)
+
+
+def _process_age() -> float:
+    """Seconds since this process began (proc_pid_stat(5), field 22: psutil rounds to a second)."""
+    status = Path("/proc/self/stat")
+    if not status.exists():
+        return time.time() - psutil.Process().create_time()
+    ticks = int(status.read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from llmtrain.training.loggers import short
+from llmtrain.training.report_goodput import goodput_section
 from llmtrain.training.report_mixture import QUARANTINE, mixture_section, stage_steps
 from llmtrain.training.report_page import Chart, Trace, number, page, table
 from llmtrain.training.run_directory import RunDirectory, write_atomically
@@ -57,8 +58,10 @@ class _Report:
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
         self.config = directory.read_config() if directory.config.exists() else {}
-        self.lines = by_step(directory.read_metrics())
+        written = directory.read_metrics()
+        self.lines = by_step(written)
         self.events = directory.read_events()
+        self.goodput = goodput_section(written, self.events, span)
         self.data: Mapping[str, Any] = directory.read_json("data.json") or {}
         self.heldout: Mapping[str, Any] = directory.read_json("eval/heldout.json") or {}
         self.name = str(self.config.get("name") or directory.name)
@@ -72,6 +75,7 @@ class _Report:
             self._mixture(),
             self._held_out(),
             self._samples(),
+            self.goodput,
             self._profile(),
             self._events(),
             self._config(),
@@ -372,7 +376,8 @@ def spread(items: Sequence[Path], most: int) -> list[Path]:
 def _event(event: Mapping[str, Any]) -> list[str]:
     """A row of the table of events, as HTML."""
     kind = str(event.get("event", ""))
-    chip = "warn" if kind in ("warning", "skip", "signal", "rollback") else "good" if kind == "end" else ""
+    warns = kind in ("warning", "skip", "signal", "rollback", "hang")
+    chip = "warn" if warns else "good" if kind == "end" else ""
     time = str(event.get("time", "")).replace("T", " ")[:19]
     details = [
         f"{key} {_plain(value)}" for key, value in event.items() if key not in ("time", "event", "step")

@@ -186,6 +186,7 @@ td.text:last-child { min-width: 14rem; }
 .sums p { margin: 0.15rem 0; color: var(--soft); } .sums b { color: var(--ink); font-weight: 600; }
 tr:last-child td { border-bottom: none; }
 tr.all td { font-weight: 600; }
+.shares { display: flex; height: 1.1rem; border-radius: 0.4rem; overflow: hidden; margin-bottom: 0.75rem; }
 .dot { display: inline-block; width: 0.65em; height: 0.65em; border-radius: 50%; margin-right: 0.5em; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
       font: 0.85rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }

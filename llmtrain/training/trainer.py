@@ -264,6 +264,7 @@ def begin(run: Run) -> None:
     before = directory.read_json("data/prepared.json") or {}
     directory.write_json("data/prepared.json", before | run.prepared.as_dict())  # `where` knows removed ones
     directory.write_json("data/order.json", run.dataset.state(run.step))
+    run.loggers = run.config.logger.build(directory, run.config, run.step)
     run.heart.beat("build")
     directory.append_event(
         "start" if run.checkpoint is None else "resume",
@@ -278,7 +279,6 @@ def begin(run: Run) -> None:
         **({"changes": [change.as_dict() for change in run.changed]} if run.changed else {}),
         seconds=run.goodput.start,
     )
-    run.loggers = run.config.logger.build(directory, run.config, run.step)
 
 
 def finish(run: Run) -> int:

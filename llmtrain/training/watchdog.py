@@ -102,6 +102,8 @@ class Watchdog:
         self._host = socket.gethostname()
         self._stopped, self._hung = threading.Event(), threading.Event()
         self._complained = False
+        self._waited = False
+        """Whether this rank waited for others until a library lost its patience."""
         self._thread = threading.Thread(target=self._watch, name="llmtrain-watchdog", daemon=True)
 
     def start(self) -> None:
@@ -116,7 +118,8 @@ class Watchdog:
 
     def end_if_hung(self, error: Exception) -> None:
         """End by exit code 86 where `error` only follows from a hang: the watchdog has the word."""
-        if self._timeout and (_is_collective(error) and TIMED_OUT.search(str(error))):
+        if self._timeout and _is_collective(error) and TIMED_OUT.search(str(error)):
+            self._waited = True
             self._hung.set()
         if self._hung.is_set() or (self._timeout and self._marker() is not None):
             self._hung.set()
@@ -148,7 +151,7 @@ class Watchdog:
             "phase": last.phase,
             "step": last.step,
             "turn": last.turn,
-            "waits": _is_in_collective(),
+            "waits": self._waited or _is_in_collective(),
             "source": self._heart.source() if last.phase == "data" else "",
             "seconds": now - last.at,
             "time": time.time(),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Callable
 
 import torch
 
+from llmtrain.config import UserError
 from llmtrain.data.batch import Batch
 from llmtrain.training.engine.engine import Engine
 from llmtrain.training.heartbeat import Heart, Phase
@@ -85,20 +88,74 @@ def _perturb(engine: Engine, always: bool) -> None:
     Engine.loss = wrong
 
 
-# Hangs
+# Ranks that do not get on
 
 PHASE = "LLMTRAIN_TEST_FAULT_PHASE"
-"""The phase of a step in which rank 1 stands still."""
+"""The phase of a step (STEP) to which rank 1 comes, and no further."""
+
+KEY = "hf_" + 10 * "abcd"
+"""What looks like a key."""
 
 
 def stand_still() -> None:
-    """Rank 1 comes to a phase of a step (STEP) and never gets on."""
+    """Rank 1 waits for ever."""
+    _at_beat(lambda: os.read(os.pipe()[0], 1))
+
+
+def fail() -> None:
+    """Rank 1 raises an error that tells a key."""
+
+    def fault() -> None:
+        raise LookupError(f"no such thing as {KEY}")
+
+    _at_beat(fault)
+
+
+def fail_as_a_user_may() -> None:
+    """Rank 1 raises a UserError."""
+
+    def fault() -> None:
+        raise UserError("data.sources.prose: its disk is gone; bring it back", exit_code=78)
+
+    _at_beat(fault)
+
+
+def end_at_once() -> None:
+    """Rank 1 is killed."""
+    _at_beat(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stand_still_longer_than_gloo_waits() -> None:
+    """Rank 1 waits for ever, and gloo complains of it before any watchdog."""
+    from llmtrain.training import watchdog
+
+    watchdog.longest_wait = lambda hang_timeout: 3.0
+    stand_still()
+
+
+def take_time() -> None:
+    """Every rank spends the seconds of TIMES whenever it comes to a phase."""
+    beat = Heart.beat
+
+    def slow_beat(self: Heart, phase: Phase, step: int | None = None) -> None:
+        comes = phase != self.last.phase
+        beat(self, phase, step)
+        if comes:
+            time.sleep(TIMES.get(phase, 0.0))
+
+    Heart.beat = slow_beat
+
+
+TIMES: dict[str, float] = {"data": 0.1, "backward": 0.25, "save": 0.6}
+
+
+def _at_beat(fault: Callable[[], object]) -> None:
     if os.environ["RANK"] == "1":
         beat = Heart.beat
 
         def beat_once(self: Heart, phase: Phase, step: int | None = None) -> None:
             beat(self, phase, step)
             if (phase, self.last.step) == (os.environ[PHASE], int(os.environ[STEP])):
-                os.read(os.pipe()[0], 1)
+                fault()
 
         Heart.beat = beat_once

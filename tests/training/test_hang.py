@@ -109,6 +109,17 @@ def test_text_that_does_not_come_is_named_by_its_source(ranks, tiny, tmp_path):
     assert re.match(r"ranks? [01].* ha(s|ve) been in data of source prose of step 1 for \d+ s", said), said
 
 
+def test_where_gloo_complains_first_the_verdict_is_the_same(ranks, tiny, tmp_path):
+    hook = {PATCH: "tests.training.faults:stand_still_longer_than_gloo_waits"}
+    hook |= {faults.PHASE: "reduce", faults.STEP: "3"}
+    job = ranks.start([*tiny, "hang_timeout=100"], 2, tmp_path, hook)
+    assert job.wait() == [ExitCode.HANG] * 2, job.output()
+    (event,) = events(tmp_path / "run", "hang")
+    said = rf"rank 1 on host {HOST} has been in reduce of step 3 for \d+ s; rank 0 waits in \w+ of step 3"
+    assert re.fullmatch(said, event["verdict"]), event
+    assert not list((tmp_path / "run").glob("crash-*"))
+
+
 # The sentence
 
 
