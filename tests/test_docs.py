@@ -17,7 +17,7 @@ from llmtrain.training.config import TrainConfig
 from tests.training.test_keys import keys
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {page: (DOCS / f"{page}.md").read_text() for page in ("data", "model")}
+PAGES = {page: (DOCS / f"{page}.md").read_text() for page in ("data", "model", "reliability")}
 YAML = re.findall(r"```yaml\n(.*?)```", PAGES["data"], re.S)
 
 
@@ -54,6 +54,18 @@ def test_every_command_about_the_model_answers(ranks, tiny, tmp_path, monkeypatc
     profile = json.loads((tmp_path / "runs/run/profile/kernels.json").read_text())
     assert profile["steps"] == 3
     assert (tmp_path / "runs/continued/DONE").is_file()
+
+
+def test_every_command_about_reliability_answers(ranks, tiny, tmp_path, monkeypatch):
+    """Those of llmtrain; scripts have tests of their own."""
+    monkeypatch.chdir(tmp_path)
+    ranks.run([*tiny, "max_steps=2", "output_dir=runs/quickstart"], 1, tmp_path)
+    for command in commands("reliability"):
+        program, name, *words = shlex.split(command)
+        if program == "llmtrain" and name == "train":
+            ranks.run([*tiny, "max_steps=2", "output_dir=runs/${name}", *words], 1, tmp_path)
+        elif program == "llmtrain":
+            assert llmtrain([name, *words]) == 0, command
 
 
 def test_the_yaml_composes(tmp_path):
