@@ -16,6 +16,8 @@ from llmtrain.training.loggers import short
 from llmtrain.training.report_goodput import goodput_section
 from llmtrain.training.report_mixture import QUARANTINE, mixture_section, stage_steps
 from llmtrain.training.report_page import Chart, Trace, number, page, table
+from llmtrain.training.report_spikes import spikes_section
+from llmtrain.training.rewinds import merged, read_rewinds
 from llmtrain.training.run_directory import RunDirectory, write_atomically
 
 MOST_POINTS = 2000
@@ -38,6 +40,13 @@ BASELINES = {
     "token unigram": "unigram_bits_per_byte",
     "context shuffled": "shuffled_bits_per_byte",
 }
+
+MARKS = {"resume": "resumed", "spike": "spike", "rewind": "rewound"}
+"""Events that the loss curve shows, and as what."""
+
+WARNINGS = ("warning", "skip", "spike", "rewind", "signal", "hang")
+TOLD_ELSEWHERE = ("time", "event", "step", "rows")
+"""Of an event: in columns and sections of their own."""
 
 Line = Mapping[str, Any]
 
@@ -77,6 +86,7 @@ class _Report:
             self._samples(),
             self.goodput,
             self._profile(),
+            spikes_section(self.events, self._dot),
             self._events(),
             self._config(),
         ]
@@ -171,14 +181,19 @@ class _Report:
         return traces + self._curve(key, "all", "ink", dots=dots)
 
     def _marks(self) -> list[dict[str, Any]]:
-        """Where the run was taken up again; the newest few, if that happened often."""
-        steps = {event.get("step") for event in self.events if event.get("event") == "resume"}
-        known = sorted(step for step in steps if isinstance(step, int))
-        return [{"x": step, "text": " resumed"} for step in known[-MOST_MARKS:]]
+        """Where the run was taken up again, spiked or was rewound; the newest few, if that happened often."""
+        marked = {
+            (event.get("step"), MARKS[event["event"]])
+            for event in self.events
+            if event.get("event") in MARKS and isinstance(event.get("step"), int)
+        }
+        return [{"x": step, "text": f" {text}"} for step, text in sorted(marked)[-MOST_MARKS:]]
 
     def _mixture(self) -> str:
         order: Mapping[str, Any] = self.directory.read_json("data/order.json") or {}
-        stages = stage_steps(order, (self.config.get("data") or {}).get("skip") or ())
+        skips = (self.config.get("data") or {}).get("skip") or ()
+        rewinds = [rewind.skip for rewind in read_rewinds(self.directory)]
+        stages = stage_steps(order, merged([*skips, *rewinds]))
         quarantine = self.directory.path / QUARANTINE
         kept = {name for name in self.sources if any((quarantine / name).glob("shard-*.jsonl"))}
         return mixture_section(self.data, stages, kept, self._dot, self._draw)
@@ -376,12 +391,9 @@ def spread(items: Sequence[Path], most: int) -> list[Path]:
 def _event(event: Mapping[str, Any]) -> list[str]:
     """A row of the table of events, as HTML."""
     kind = str(event.get("event", ""))
-    warns = kind in ("warning", "skip", "signal", "rollback", "hang")
-    chip = "warn" if warns else "good" if kind == "end" else ""
+    chip = "warn" if kind in WARNINGS else "good" if kind == "end" else ""
     time = str(event.get("time", "")).replace("T", " ")[:19]
-    details = [
-        f"{key} {_plain(value)}" for key, value in event.items() if key not in ("time", "event", "step")
-    ]
+    details = [f"{key} {_plain(value)}" for key, value in event.items() if key not in TOLD_ELSEWHERE]
     return [
         escape(time),
         escape(str(event.get("step", ""))),

@@ -14,6 +14,7 @@ from llmtrain.training.build import Run
 from llmtrain.training.checkpoint import checkpoints, read_record
 from llmtrain.training.engine.transfer import StepResult
 from llmtrain.training.rewinds import choose_rewind, hide_stale, write_rewinds
+from llmtrain.training.saves import report
 from llmtrain.training.spikes import Verdict
 from llmtrain.training.where import document_at
 
@@ -110,6 +111,7 @@ def rewind(run: Run, step: int, verdict: Verdict) -> NoReturn:
         write_rewinds(directory, rewinds)
         hide_stale(directory.checkpoints, rewinds)
         directory.append_event("rewind", step=step, number=len(rewinds), **asdict(chosen))
+        report(run)
     chosen = distributed.broadcast_object(chosen)
     near = ""
     if step - chosen.to < config.rewind_steps:

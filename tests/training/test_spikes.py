@@ -19,6 +19,7 @@ import torch
 from llmtrain.config import UserError
 from llmtrain.data.dataset import Skip
 from llmtrain.training.checkpoint import Manifest, checkpoints
+from llmtrain.training.engine.guard import Limits
 from llmtrain.training.engine.transfer import StepResult
 from llmtrain.training.rewinds import (
     Rewind,
@@ -34,7 +35,9 @@ from llmtrain.where import where
 from tests.ranks import PATCH, RECORD, free_port
 from tests.training.faults import STEP
 from tests.training.nonfinite_ranks import CASES
+from tests.training.test_engine import batch, build
 from tests.training.test_resume import records
+from tests.training.test_syncs import HostReads
 
 QUICK = [
     "adamw zero0 fp32",
@@ -238,6 +241,19 @@ def test_a_step_that_must_not_be_applied_moves_no_bit_in_any_stage_precision_and
     check_left_out(left_out(tmp_path / "found.json", [case for case in CASES if case not in QUICK]))
 
 
+def test_limits_add_no_host_read_to_those_of_deepspeed(tiny):
+    for stage, precision in [(0, "fp32"), (0, "bf16_autocast"), (1, "fp32"), (2, "bf16"), (3, "bf16")]:
+        _, engine = build([*tiny, f"deepspeed=zero{stage}"], precision)
+        counts = []
+        for limits in (None, None, Limits(1e3, 1e3)):
+            with HostReads() as reads:
+                pending = engine.train_step(batch(8, 64), lr=1e-3, limits=limits)
+            counts.append(reads.count)
+            assert pending.result().applied
+        engine.close()
+        assert counts[1] == counts[2] and (counts[2] == 0 or stage > 0), (stage, precision)
+
+
 # In a run
 
 
@@ -357,6 +373,10 @@ def test_a_rewind_is_replayed_bit_for_bit_also_when_it_is_killed(ranks, noisy, t
         assert job.wait() == ([-9, -9] if environment else [0, 0]), job.output()
     assert trained(killed) == whole
     assert len(records(killed)[13]) == 3  # of the first branch, of the start that was killed, of the last
+
+    page = (run / "report.html").read_text()
+    assert "back to step 12; steps 13 to 22 of the data are left out" in page
+    assert page.count(f"{tmp_path}/noise.txt byte") == 8  # its one document, in every row
 
     # `where` tells the steps that were trained, and that the noise never was.
     first = tokens(tmp_path)[0][0]
