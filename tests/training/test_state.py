@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.state_ranks import LAYOUTS
+from llmtrain.training.engine.state import _cut
+from tests.training.state_ranks import LAYOUTS, Store
+from tests.training.test_engine import batch, build
 from tests.training.test_optimizers import run_ranks
 
 QUICK = ["adamw zero1 bf16", "adamw zero0 fp32", "muon zero1 fp32", "lion zero3 fp32"]
@@ -46,3 +48,42 @@ def test_another_layout_goes_on_within_its_rounding(found):
             assert moved["end"].scalars == case["whole"]["end"].scalars, (layout, other)
             for (loss, _), (expected, _) in zip(moved["curve"], case["whole"]["curve"], strict=True):
                 assert abs(loss - expected) <= noise, (layout, other)
+
+
+def test_an_engine_goes_back_to_what_it_was(tiny):
+    """Also to before its first step, and stage 3, which DeepSpeed itself cannot load in the same process."""
+    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")):
+        _, engine = build([*tiny, f"deepspeed=zero{stage}"], precision)
+        stores = [Store.of(engine)]
+        for _ in range(2):
+            engine.train_step(batch(8, 64), 1e-3)
+            stores.append(Store.of(engine))
+        for number in (1, 0, 1):
+            engine.restore(stores[number].read, stores[number].scalars)
+            engine.train_step(batch(8, 64), 1e-3)
+            again, expected = Store.of(engine), stores[number + 1]
+            assert again.scalars == expected.scalars, (stage, number)
+            assert all(torch.equal(again.whole[key], expected.whole[key]) for key in expected.whole), stage
+        engine.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("sizes", [[5], [12, 4, 1, 30], [1, 1, 1], [64, 2, 2, 100, 7]])
+def test_parts_of_a_group_make_every_parameter_whole(ranks, sizes):
+    """On more ranks than there are here, some without any element."""
+    offsets = [sum(sizes[:number]) for number in range(len(sizes))]
+    members = [(str(number), offsets[number], size) for number, size in enumerate(sizes)]
+    part = -(-sum(sizes) // ranks)
+    found = {str(number): [0] * size for number, size in enumerate(sizes)}
+    for rank in range(ranks):
+        slices = _cut(members, rank * part, part, whole=True)
+        for piece in slices:
+            place = offsets[int(piece.name)] + piece.start
+            assert rank * part + piece.offset == place
+            for element in range(piece.start, piece.start + piece.count):
+                found[piece.name][element] += 1
+        sizes_here = [sizes[int(piece.name)] for piece in slices]
+        assert [piece.whole for piece in slices] == [
+            (sum(sizes_here[:number]), size) for number, size in enumerate(sizes_here)
+        ]
+    assert all(times == 1 for counts in found.values() for times in counts)

@@ -142,8 +142,8 @@ def restore_state(engine: Any, rank: int, ranks: int, read: Read, scalars: Mappi
         saved, state = scalars["optimizer"][flat.group["role"]], engine.optimizer.state[flat.tensor]
         for key in {*saved["keys"]} - {*flat.kept(state)}:
             state[key] = flat.allocate(key)
-        if saved["step"] is not None:  # where torch's fused AdamW counts
-            state["step"] = torch.tensor(float(saved["step"]), device=flat.tensor.device)
+        if saved["step"] is not None or "step" in state:  # where torch's fused AdamW counts
+            state["step"] = torch.tensor(float(saved["step"] or 0), device=flat.tensor.device)
         for key, tensor in flat.kept(state).items():
             if key not in saved["keys"]:  # saved before the first step
                 tensor.zero_()
