@@ -52,7 +52,7 @@ def test_another_layout_goes_on_within_its_rounding(found):
 
 def test_an_engine_goes_back_to_what_it_was(tiny):
     """Also to before its first step, and stage 3, which DeepSpeed itself cannot load in the same process."""
-    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")):
+    for stage, precision in ((0, "fp32"), (1, "bf16"), (3, "bf16")):
         _, engine = build([*tiny, f"deepspeed=zero{stage}"], precision)
         stores = [Store.of(engine)]
         for _ in range(2):
