@@ -109,6 +109,15 @@ def test_text_that_does_not_come_is_named_by_its_source(ranks, tiny, tmp_path):
     assert re.match(r"ranks? [01].* ha(s|ve) been in data of source prose of step 1 for \d+ s", said), said
 
 
+@pytest.mark.slow
+def test_a_disk_that_takes_nothing_more_is_found_by_the_ranks_that_wait_for_it(ranks, tiny, tmp_path):
+    common = [*tiny, "max_steps=30", "checkpoint.every=5", "checkpoint.asynchronous=true"]
+    hook = {PATCH: "tests.training.faults:write_nothing"}
+    job = ranks.start([*common, f"hang_timeout={TIMEOUT}"], 2, tmp_path, hook)
+    assert job.wait() == [ExitCode.HANG] * 2, job.output()
+    assert re.match(r"rank.* 1 .*in save of step 15", the_verdict(tmp_path / "run", job, [0, 1]))
+
+
 def test_where_gloo_complains_first_the_verdict_is_the_same(ranks, tiny, tmp_path):
     hook = {PATCH: "tests.training.faults:stand_still_longer_than_gloo_waits"}
     hook |= {faults.PHASE: "reduce", faults.STEP: "3"}

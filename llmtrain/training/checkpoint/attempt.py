@@ -47,7 +47,9 @@ class Attempt:
     published: Callable[[Path, int], None]
     """Called on rank 0 with the checkpoint and its bytes."""
     tick: Callable[[], None]
-    """Called now and then while this works."""
+    """Called whenever something was written, here or by a rank that is waited for."""
+    written: int = 0
+    """Grows with every call of `tick`."""
     error: str | None = None
     """What the disk refused."""
     _crash: BaseException | None = None
@@ -60,10 +62,13 @@ class Attempt:
         self._thread.start()
 
     def wait(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Until the thread is done, calling `tick` meanwhile; raises what ended it."""
+        """Until the thread is done, calling `tick` as long as it gets on; raises what ended it."""
+        seen = -1
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(LONGEST_POLL)
-            tick()
+            if self.written != seen:
+                seen = self.written
+                tick()
         if self._crash is not None:
             raise self._crash
 
@@ -77,7 +82,7 @@ class Attempt:
         mine = self.temporary / rank_file(self.world.rank)
         try:
             self.temporary.mkdir(parents=True, exist_ok=True)
-            stamp = write_tensors(mine, self.tensors, self.tick)
+            stamp = write_tensors(mine, self.tensors, self._get_on)
             if not self.world.is_main:
                 self._say(stamp=stamp)
                 return
@@ -88,6 +93,10 @@ class Attempt:
             self._withdraw(mine)
             return
         self.published(path, sum(size for size, _ in files.values()))
+
+    def _get_on(self) -> None:
+        self.written += 1
+        self.tick()
 
     def _keep_crash(self) -> None:
         try:
@@ -132,13 +141,13 @@ class Attempt:
             now = time.monotonic()
             if (written := sum(sizes.values())) != seen:
                 since, seen, pause = now, written, SHORTEST_POLL
+                self._get_on()
             elif now - since > (HURRY if self._hurry.is_set() else PATIENCE):
                 ranks = ", ".join(map(str, sorted(missing)))
                 raise TimeoutError(
                     f"nothing came from rank {ranks} for {now - since:.0f} s; "
                     f"is {self.temporary.parent} the same directory on every machine?"
                 )
-            self.tick()
             time.sleep(pause)
             pause = min(LONGEST_POLL, 1.5 * pause)
         for rank in stamps:

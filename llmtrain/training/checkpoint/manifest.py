@@ -17,6 +17,8 @@ from llmtrain.distributed import usable_cores
 MANIFEST = "MANIFEST.json"
 RECORD = "checkpoint.json"
 FORMAT = 2
+CHUNK = 1 << 20
+"""Bytes that are read at a time."""
 
 Stamp = tuple[int, str]
 """A file's size in bytes, and its SHA-256 in hexadecimal."""
@@ -97,8 +99,15 @@ def directory_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def check(checkpoint: Path, name: str, stamp: Stamp, *, content: bool = True) -> None:
-    """DamagedError unless the file has this size and, with `content`, this digest."""
+def check(
+    checkpoint: Path,
+    name: str,
+    stamp: Stamp,
+    *,
+    content: bool = True,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """DamagedError unless the file has this size and, with `content`, this digest; a `tick` a chunk read."""
     file = checkpoint / name
     try:
         found = file.stat()
@@ -107,9 +116,12 @@ def check(checkpoint: Path, name: str, stamp: Stamp, *, content: bool = True) ->
         if found.st_size != stamp[0]:
             raise DamagedError(checkpoint, name, f"{found.st_size:,} bytes instead of {stamp[0]:,}")
         if content:
+            digest = hashlib.sha256()
             with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != stamp[1]:
+                while chunk := stream.read(CHUNK):
+                    digest.update(chunk)
+                    tick()
+            if digest.hexdigest() != stamp[1]:
                 raise DamagedError(checkpoint, name, "its SHA-256 is not that of the manifest")
     except FileNotFoundError:
         raise DamagedError(checkpoint, name, "missing") from None
@@ -124,11 +136,16 @@ def damages(
     content: bool = True,
     tick: Callable[[], None] = lambda: None,
 ) -> list[DamagedError]:
-    """What is wrong with these files; several are read at a time, and `tick` is called meanwhile."""
+    """What is wrong with these files; several are read at a time, and `tick` is called as they are."""
+    read = seen = 0
+
+    def count() -> None:
+        nonlocal read
+        read += 1
 
     def one(item: tuple[str, Stamp]) -> DamagedError | None:
         try:
-            check(checkpoint, *item, content=content)
+            check(checkpoint, *item, content=content, tick=count)
         except DamagedError as error:
             return error
         return None
@@ -136,7 +153,9 @@ def damages(
     with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         reading = [pool.submit(one, item) for item in files.items()]
         while wait(reading, timeout=1).not_done:
-            tick()
+            if read != seen:
+                seen = read
+                tick()
     return [found for file in reading if (found := file.result())]
 
 
