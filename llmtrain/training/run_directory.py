@@ -398,10 +398,10 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id(), "started": _now()}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": boot_id(), "started": _now()}
 
 
-def _boot_id() -> str | None:
+def boot_id() -> str | None:
     """What tells one boot of this machine from the next (Linux only)."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from llmtrain.distributed import World
 from llmtrain.files import sync
 from llmtrain.training.checkpoint.directory import publish
 from llmtrain.training.checkpoint.manifest import RECORD, Stamp
+from llmtrain.training.checkpoint.peers import Peer
 from llmtrain.training.checkpoint.reading import rank_file
 from llmtrain.training.checkpoint.tensors import write_tensors
 from llmtrain.training.run_directory import write_atomically
@@ -42,6 +43,8 @@ class Attempt:
     step: int
     temporary: Path
     world: World
+    peers: Sequence[Peer]
+    """The processes of all ranks."""
     tensors: Mapping[str, Tensor]
     record: Mapping[str, Any]
     published: Callable[[Path, int], None]
@@ -138,6 +141,8 @@ class Attempt:
             for rank in [rank for rank in missing if self._word(rank).name in sizes]:
                 stamps[rank] = self._hear(rank)
                 missing.remove(rank)
+            if gone := [rank for rank in missing if self.peers[rank].is_gone()]:
+                raise ProcessLookupError(f"rank {gone[0]} ended before its file was there")
             now = time.monotonic()
             if (written := sum(sizes.values())) != seen:
                 since, seen, pause = now, written, SHORTEST_POLL

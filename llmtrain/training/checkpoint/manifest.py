@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from llmtrain.distributed import usable_cores
 
@@ -35,6 +35,10 @@ class DamagedError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path / self.file}: {self.reason}"
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, str, str]]:
+        """Ranks tell each other."""
+        return type(self), (self.path, self.file, self.reason)
 
     def as_dict(self) -> dict[str, str]:
         """What events.jsonl says of it."""

@@ -23,6 +23,7 @@ from llmtrain.training.checkpoint.config import CheckpointConfig
 from llmtrain.training.checkpoint.directory import TEMPORARY, retire
 from llmtrain.training.checkpoint.host import HostCopy
 from llmtrain.training.checkpoint.manifest import directory_name
+from llmtrain.training.checkpoint.peers import Peer
 from llmtrain.training.checkpoint.reading import RANDOM
 from llmtrain.training.checkpoint.space import free_bytes
 
@@ -108,7 +109,9 @@ class Saver:
             return
         tensors = named_tensors(state) | random_states()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        plans = distributed.gather_objects((size, free_bytes(self._directory), secrets.token_hex(4)))
+        plans = distributed.gather_objects(
+            (size, free_bytes(self._directory), secrets.token_hex(4), Peer.of_this_process())
+        )
         needed, free = sum(plan[0] for plan in plans), min(plan[1] for plan in plans)
         if needed > free:
             self._fail(Failed(step, self._directory, "the disk is too full", needed, free))
@@ -127,6 +130,7 @@ class Saver:
             step=step,
             temporary=self._directory / f"{TEMPORARY}{directory_name(step)}-{plans[0][2]}",
             world=self._world,
+            peers=[plan[3] for plan in plans],
             tensors=tensors,
             record={**record, "parameters": state.shapes, "scalars": state.scalars},
             published=published,

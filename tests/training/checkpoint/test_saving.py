@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from llmtrain.training.checkpoint import Manifest, attempt, checkpoints
 from llmtrain.training.checkpoint.attempt import Attempt
 from llmtrain.training.checkpoint.directory import abandon, retained, sweep
 from llmtrain.training.checkpoint.manifest import verify
+from llmtrain.training.checkpoint.peers import Peer
 from llmtrain.training.checkpoint.saving import MAX_FAILED
 from llmtrain.training.checkpoint.tensors import write_tensors
 from tests.training.checkpoint.small import Told, files, names, record, save, saver, state
@@ -50,6 +52,7 @@ def parts(directory: Path, ranks: int, told: list[Path]) -> list[Attempt]:
             step=4,
             temporary=directory / ".tmp-step_00000004-x",
             world=World(rank, ranks),
+            peers=[Peer.of_this_process()] * ranks,
             tensors={f"w:weight:{rank}": torch.full((1000,), float(rank))},
             record=record(4),
             published=lambda path, size: told.append(path),
@@ -105,6 +108,24 @@ def test_a_rank_that_never_comes_fails_the_save(tmp_path, monkeypatch):
     one.run()
     assert "nothing came from rank 1" in str(one.error)
     assert names(tmp_path) == []
+
+
+def test_a_rank_that_was_killed_is_not_waited_for(tmp_path):
+    one, _ = parts(tmp_path, 2, [])
+    here = Peer.of_this_process()
+    child = subprocess.Popen(["sleep", "600"])
+    killed = Peer(child.pid, here.place)
+    assert not killed.is_gone()
+    one.peers = [here, killed]
+    one.start()
+    child.kill()  # and nobody has asked for its exit code yet
+    one.wait()
+    assert "rank 1 ended" in str(one.error)
+    assert names(tmp_path) == []
+    child.wait()
+    assert killed.is_gone()
+    assert not Peer(child.pid, ("another boot", "pid:[1]")).is_gone()
+    assert not Peer(child.pid, None).is_gone()
 
 
 def test_a_run_that_ends_by_a_mistake_does_not_wait_long(tmp_path, monkeypatch):
