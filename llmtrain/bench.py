@@ -1,4 +1,4 @@
-"""Measure llmtrain beside its peers: data engine, host time a step, attention backends, training loops."""
+"""Measure llmtrain beside its peers: data, host time a step, attention, training loops, checkpoints."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def data(a: argparse.Namespace) -> None:
             _say(f"\n{scale_table(report['scale'])}\n")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    if a.output is not None:
-        _write(a.output, report)
+    _write(a.output, report)
     if "scale" not in a.only:
         ways = [report[part]["ways"].values() for part in ("live", "prepare") if part in a.only]
         require_one(chain(report.get("loaders", {}).values(), *ways))
@@ -57,8 +56,7 @@ def step(a: argparse.Namespace) -> None:
 
     results = compare_steps(a.directory, a.turns, a.stages)
     _say(f"\n{TENSORS} parameters, processor time\n\n{steps_table(results)}\n")
-    if a.output is not None:
-        _write(a.output, {"turns": a.turns, "stages": results})
+    _write(a.output, {"turns": a.turns, "stages": results})
 
 
 def kernels(a: argparse.Namespace) -> None:
@@ -70,8 +68,7 @@ def kernels(a: argparse.Namespace) -> None:
     report = compare_kernels(sizes, backends=a.backends, seconds=a.seconds, rounds=a.rounds)
     shape = ", ".join(f"{name} {value}" for name, value in report["sizes"].items())
     _say(f"\n{report['machine']['device']}: {shape}\n\n{kernels_table(report)}\n")
-    if a.output is not None:
-        _write(a.output, report)
+    _write(a.output, report)
     require_one(result for mask in report["masks"].values() for result in mask.values())
 
 
@@ -84,13 +81,22 @@ def model(a: argparse.Namespace) -> None:
     candidates = candidates_of(a.candidates, a.stages)
     report = compare_models(sizes, candidates, rounds=a.rounds, nanogpt=a.nanogpt, directory=a.directory)
     _say(f"\n{describe(report)}\n\n{models_table(report)}\n")
-    if a.output is not None:
-        _write(a.output, report)
+    _write(a.output, report)
     require_one(report["candidates"].values())
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+def save(a: argparse.Namespace) -> None:
+    """A checkpoint of ours beside DeepSpeed's, with and without fsync, and beside writing the bytes alone."""
+    from llmtrain.benchmarks.save import compare_saves, saves_table
+
+    report = compare_saves(a.sizes, a.stage, a.rounds, a.directory)
+    _say(f"\n{saves_table(report)}\n")
+    _write(a.output, report)
+
+
+def _write(path: Path | None, report: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _say(text: str) -> None:
@@ -100,7 +106,8 @@ def _say(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain bench`."""
-    a = parser(__doc__, {"data": data, "step": step, "kernels": kernels, "model": model}).parse_args(argv)
+    runs = {"data": data, "step": step, "kernels": kernels, "model": model, "save": save}
+    a = parser(__doc__, runs).parse_args(argv)
 
     def run() -> None:
         with failures_are_mistakes(f"llmtrain bench {a.benchmark}"):

@@ -419,3 +419,18 @@ def test_a_step_of_the_trainer_is_measured_beside_deepspeed_s(tmp_path: Path) ->
     assert stage["ratio"] == pytest.approx(stage["ours_ms"] / stage["bare_ms"])
     assert 0.5 < stage["ratio"] < 2
     assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
+
+
+def test_saves_are_measured_beside_deepspeed_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "save.json"
+    words = ["save", "--sizes", "10", "--rounds", "1", "--output", str(output), "--directory", str(tmp_path)]
+    assert bench.main(words) == 0
+    (size,) = json.loads(output.read_text())["sizes"]
+    ways = size["ways"]
+    assert ways["verified"]["mb"] == pytest.approx(ways["raw"]["mb"], rel=0.01)
+    assert ways["raw"]["mb"] == pytest.approx(12 * size["parameters"] / 1e6, rel=0.05)  # vocabulary padded
+    assert ways["stock"]["mb"] == ways["stock_durable"]["mb"] > ways["raw"]["mb"]
+    assert all(0 < way["stall_s"] <= way["total_s"] for way in ways.values())
+    assert ways["asynchronous"]["stall_s"] < ways["asynchronous"]["total_s"] / 2
+    assert "DeepSpeed + fsync" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["save.json"]

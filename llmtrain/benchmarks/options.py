@@ -85,11 +85,20 @@ def _model(one: argparse.ArgumentParser) -> None:
     _directory(one)
 
 
+def _save(one: argparse.ArgumentParser) -> None:
+    words = "of the checkpoints, about (default: 30 200 700)"
+    one.add_argument("--sizes", nargs="+", type=_count, default=[30, 200, 700], metavar="MB", help=words)
+    one.add_argument("--stage", type=int, choices=range(1, 4), default=2, help="of ZeRO (default: 2)")
+    _rounds(one, 5)
+    _directory(one)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "data": ("the data engine beside other loaders", _data),
     "step": ("the trainer beside DeepSpeed alone", _step),
     "kernels": ("attention backends beside each other", _kernels),
     "model": ("the trainer beside other ways to train the same model", _model),
+    "save": ("checkpoints beside DeepSpeed's", _save),
 }
 
 

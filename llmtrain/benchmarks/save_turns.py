@@ -109,7 +109,7 @@ class Ways:
         """The same bytes as ours, in one file a rank, and fsync."""
         with (self._directory / f"raw{self._world.rank}").open("xb") as stream:
             for tensor in named_tensors(self._engine.state()).values():
-                content = memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy())
+                content = tensor.cpu().contiguous().view(torch.uint8).numpy().data
                 for start in range(0, len(content), CHUNK):
                     stream.write(content[start : start + CHUNK])
             stream.flush()

@@ -132,7 +132,7 @@ class RunDirectory:
     def _take(self, handle: int, file: Path) -> None:
         """Write down who holds the lock, and touch the record as long as that is so."""
         owner = _record(file)
-        if owner.get("boot_id", _boot_id()) != _boot_id() and _is_touched(file, owner):
+        if owner.get("boot_id", boot_id()) != boot_id() and _is_touched(file, owner):
             os.close(handle)
             raise UserError(_locked_message(self.path, owner), exit_code=ExitCode.LOCKED)
         os.ftruncate(handle, 0)

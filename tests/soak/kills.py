@@ -6,15 +6,17 @@ life goes on from the newest checkpoint that the one before it published; no pro
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import RankServer
+from tests.ranks import PATCH, RankServer
 from tests.soak.lives import RANKS, Death, Kill, Life, Row, beginnings, curve, newest
 
 Tokens = dict[tuple[int, int, int], str]
@@ -53,9 +55,15 @@ class Soak:
     """One run that is killed, beside the same run that is not."""
 
     def __init__(
-        self, server: RankServer, directory: Path, arguments: Sequence[str], rng: random.Random
+        self,
+        server: RankServer,
+        directory: Path,
+        arguments: Sequence[str],
+        rng: random.Random,
+        patch: str | None = None,
     ) -> None:
         self._server, self._directory, self._rng = server, directory, rng
+        self._patch = {} if patch is None else {PATCH: patch}
         self._arguments = list(arguments)
         self._lives = 0
         self.tally = Tally()
@@ -100,7 +108,7 @@ class Soak:
     def _live(self, run: Path, *arguments: str, launcher: bool = False) -> Life:
         self._lives += 1
         words = [*self._arguments, f"output_dir={run}", *arguments]
-        return Life(self._server, words, run, self._directory / f"life{self._lives}", launcher)
+        return Life(self._server, words, run, self._directory / f"life{self._lives}", launcher, self._patch)
 
     def _compare_life(self, life: Life, run: Path, commit: int, begins: int) -> int:
         """Hold what a life trained on against the whole run; returns how many lives have begun so far."""
@@ -148,6 +156,17 @@ def plan(count: int, launchers: int, rng: random.Random) -> list[Kill]:
     ]
     rng.shuffle(forked)
     return [*forked, *launched]
+
+
+def slow_disk() -> None:
+    """In a rank: a disk that takes its time, so that few kills show what happens in a save."""
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.1)
+        fsync(descriptor)
+
+    os.fsync = slow
 
 
 def _when(number: int) -> Any:

@@ -58,7 +58,10 @@ class Death:
 
 
 class Life:
-    """Two ranks of the train door: forked from warm processes, or under launch/local.sh."""
+    """Two ranks of the train door: forked from warm processes, or under launch/local.sh.
+
+    lines: of metrics.jsonl, before it began.
+    """
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class Life:
     ) -> None:
         self.run, self.place = run, place
         place.mkdir(parents=True)
-        self._lines = _count_lines(run / "metrics.jsonl")
+        self.lines = _count_lines(run / "metrics.jsonl")
         environment = {RECORD: str(place), MARK: str(place), **(patch or {})}
         self._job = None if launcher else server.start(arguments, RANKS, place, environment)
         self._process = _launch(arguments, place, environment) if launcher else None
@@ -111,7 +114,7 @@ class Life:
 
     def stepped(self) -> bool:
         """Whether a step of this life has been logged."""
-        return _count_lines(self.run / "metrics.jsonl") > self._lines
+        return _count_lines(self.run / "metrics.jsonl") > self.lines
 
     def processes(self) -> list[psutil.Process]:
         """The living processes of this life."""
@@ -134,15 +137,15 @@ class Life:
     def _await(self, when: When, rng: random.Random) -> bool:
         """Wait for the instant to kill at; False where the run ended by itself before."""
         if when == "start":
-            return self._until(lambda: False, rng.uniform(0.5, 3))
-        if not self._until(self.stepped):
+            return self.until(lambda: False, rng.uniform(0.5, 3))
+        if not self.until(self.stepped):
             return False
         if when == "step":
-            return self._until(lambda: False, rng.uniform(0, 1.5))
+            return self.until(lambda: False, rng.uniform(0, 1.5))
         time.sleep(rng.uniform(0, 0.5))
-        return self._until(self.saving) and self._until(lambda: False, rng.uniform(0, 0.15))
+        return self.until(self.saving) and self.until(lambda: False, rng.uniform(0, 0.05))
 
-    def _until(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
+    def until(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
         """Wait for the condition, or the seconds; False where the run ended by itself."""
         deadline = time.monotonic() + (PATIENCE if seconds is None else seconds)
         looked = 0.0

@@ -41,7 +41,7 @@ def patch() -> None:
     def begin_by_latest(run: Any) -> None:
         begin(run)
         place = run.directory.path / STOCK
-        if place.exists():
+        if (place / "latest").exists():  # else killed in its first save
             path, state = run.engine.deepspeed.load_checkpoint(str(place))
             assert path is not None, "DeepSpeed found nothing to load and would begin anew"
             run.step = state["step"]
