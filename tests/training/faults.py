@@ -13,6 +13,7 @@ import torch
 
 from llmtrain.config import UserError
 from llmtrain.data.batch import Batch
+from llmtrain.data.workers import Crew
 from llmtrain.training.engine.engine import Engine
 from llmtrain.training.heartbeat import Heart, Phase
 
@@ -117,6 +118,26 @@ def write_nothing() -> None:
 
     if os.environ["RANK"] == "1":
         attempt.write_tensors = block
+
+
+def make_nothing() -> None:
+    """No text is tokenised."""
+    Crew._hand_out = lambda self: None
+
+
+def make_slowly() -> None:
+    """Text is tokenised for SLOW seconds before the first of it is there."""
+    began, hand_out = time.monotonic(), Crew._hand_out
+
+    def wait_first(self: Crew) -> None:
+        self.heard += 1
+        if time.monotonic() > began + SLOW:
+            hand_out(self)
+
+    Crew._hand_out = wait_first
+
+
+SLOW = 24.0
 
 
 def fail() -> None:

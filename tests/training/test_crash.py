@@ -6,6 +6,8 @@ import json
 import socket
 from pathlib import Path
 
+import pytest
+
 from tests.ranks import PATCH
 from tests.training import faults
 
@@ -36,6 +38,7 @@ def test_the_first_error_has_the_word_and_no_key_is_told(ranks, tiny, tmp_path):
     assert "Traceback" not in job.outputs[0].read_text()
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_user_is_kept_too(ranks, tiny, tmp_path):
     job, codes, run = failed(ranks, tiny, tmp_path, "fail_as_a_user_may", "data")
     assert codes == [1, 78], job.output()
@@ -43,6 +46,7 @@ def test_a_mistake_of_the_user_is_kept_too(ranks, tiny, tmp_path):
     assert "another rank failed: rank 1" in job.outputs[0].read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_was_killed_is_gone_without_a_word(ranks, tiny, tmp_path):
     job, codes, run = failed(ranks, tiny, tmp_path, "end_at_once", "reduce")
     assert codes == [1, -9], job.output()

@@ -14,6 +14,7 @@ from typing import get_args
 import pytest
 
 from llmtrain.config import ExitCode
+from llmtrain.data.prepare import SMALL
 from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.heartbeat import Heart, Phase
 from tests.ranks import PATCH, Job
@@ -78,11 +79,18 @@ def test_a_rank_that_is_stopped_is_named(ranks, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("phase", "step"),
     [
-        ("build", 0),
         ("backward", 3),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [("data", 3), ("forward", 3), ("reduce", 3), ("read", 4), ("eval", 4), ("save", 5)]
+            for case in [
+                ("build", 0),
+                ("data", 3),
+                ("forward", 3),
+                ("reduce", 3),
+                ("read", 4),
+                ("eval", 4),
+                ("save", 5),
+            ]
         ),
     ],
 )
@@ -109,6 +117,31 @@ def test_text_that_does_not_come_is_named_by_its_source(ranks, tiny, tmp_path):
     assert re.match(r"ranks? [01].* ha(s|ve) been in data of source prose of step 1 for \d+ s", said), said
 
 
+@pytest.fixture
+def growing(tiny, corpus, tmp_path) -> list[str]:
+    """Overrides of a run whose text is tokenised beside it."""
+    text = (corpus / "prose.jsonl").read_text()
+    (tmp_path / "large.jsonl").write_text(text * (SMALL // len(text) + 2))
+    source = f"data.sources.prose.path={tmp_path}/large.jsonl"
+    return [*tiny, source, f"cache_dir={tmp_path}/cache", "max_steps=3", f"hang_timeout={TIMEOUT}"]
+
+
+@pytest.mark.slow
+def test_text_that_nobody_makes_is_a_hang(ranks, growing, tmp_path):
+    job = ranks.start(growing, 2, tmp_path, {PATCH: "tests.training.faults:make_nothing"})
+    assert job.wait() == [ExitCode.HANG] * 2, job.output()
+    said = the_verdict(tmp_path / "run", job, [0, 1])
+    assert re.match(r"rank.* in data of source (code|prose) of step 1 for \d+ s", said), said
+
+
+@pytest.mark.slow
+def test_text_that_is_being_made_is_none_however_long_it_takes(ranks, growing, tmp_path):
+    began = time.monotonic()
+    ranks.run(growing, 2, tmp_path, {PATCH: "tests.training.faults:make_slowly"})
+    assert time.monotonic() - began > faults.SLOW > 2 * TIMEOUT
+    assert not events(tmp_path / "run", "hang")
+
+
 @pytest.mark.slow
 def test_a_disk_that_takes_nothing_more_is_found_by_the_ranks_that_wait_for_it(ranks, tiny, tmp_path):
     common = [*tiny, "max_steps=30", "checkpoint.every=5", "checkpoint.asynchronous=true"]
@@ -118,6 +151,7 @@ def test_a_disk_that_takes_nothing_more_is_found_by_the_ranks_that_wait_for_it(r
     assert re.match(r"rank.* 1 .*in save of step 15", the_verdict(tmp_path / "run", job, [0, 1]))
 
 
+@pytest.mark.slow
 def test_where_gloo_complains_first_the_verdict_is_the_same(ranks, tiny, tmp_path):
     hook = {PATCH: "tests.training.faults:stand_still_longer_than_gloo_waits"}
     hook |= {faults.PHASE: "reduce", faults.STEP: "3"}
