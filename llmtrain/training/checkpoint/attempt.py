@@ -27,7 +27,7 @@ from llmtrain.training.run_directory import write_atomically
 
 PATIENCE = 300.0
 """Seconds without a new byte after which rank 0 waits no longer for other ranks' files."""
-HURRY = 15.0
+HURRY = 8.0
 """The same where the run ends because something went wrong."""
 SHORTEST_POLL, LONGEST_POLL = 0.01, 0.5
 
@@ -49,14 +49,14 @@ class Attempt:
     record: Mapping[str, Any]
     published: Callable[[Path, int], None]
     """Called on rank 0 with the checkpoint and its bytes."""
-    tick: Callable[[], None]
-    """Called whenever something was written, here or by a rank that is waited for."""
-    written: int = 0
-    """Grows with every call of `tick`."""
     error: str | None = None
     """What the disk refused."""
     _crash: BaseException | None = None
     _thread: threading.Thread | None = None
+    _progress: int = 0
+    """Grows with what is written, here or by a rank that is waited for."""
+    _written: threading.Event = field(default_factory=threading.Event)
+    _done: threading.Event = field(default_factory=threading.Event)
     _hurry: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
@@ -64,21 +64,28 @@ class Attempt:
         self._thread = threading.Thread(target=self._keep_crash, name="llmtrain-save", daemon=True)
         self._thread.start()
 
-    def wait(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Until the thread is done, calling `tick` as long as it gets on; raises what ended it."""
-        seen = -1
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(LONGEST_POLL)
-            if self.written != seen:
-                seen = self.written
-                tick()
+    def wait_written(self, tick: Callable[[], None]) -> None:
+        """Until this rank's file is there, or is not to be; `tick` is called as long as that gets on."""
+        self._wait(self._written, tick)
+
+    def wait(self, tick: Callable[[], None]) -> None:
+        """Until the thread is done, with `tick` as above; raises what ended it."""
+        if self._thread is not None:
+            self._wait(self._done, tick)
         if self._crash is not None:
             raise self._crash
 
+    def _wait(self, event: threading.Event, tick: Callable[[], None]) -> None:
+        seen = -1
+        while not event.wait(LONGEST_POLL):
+            if self._progress != seen:
+                seen = self._progress
+                tick()
+
     def hurry(self) -> None:
-        """`wait`, but not long for ranks that may be gone."""
+        """Until the thread is done, which waits not long now for ranks that may be gone."""
         self._hurry.set()
-        self.wait()
+        self.wait(lambda: None)
 
     def run(self) -> None:
         """Write, say so, and on rank 0 publish. What the disk refuses becomes `error`, and is said too."""
@@ -89,6 +96,7 @@ class Attempt:
             if not self.world.is_main:
                 self._say(stamp=stamp)
                 return
+            self._written.set()
             files = {mine.name: stamp} | self._await_others() | self._write_record()
             path = publish(self.temporary, self.step, files)
         except OSError as error:
@@ -97,15 +105,17 @@ class Attempt:
             return
         self.published(path, sum(size for size, _ in files.values()))
 
-    def _get_on(self) -> None:
-        self.written += 1
-        self.tick()
-
     def _keep_crash(self) -> None:
         try:
             self.run()
         except BaseException as error:  # raised again in the thread that waits
             self._crash = error
+        finally:
+            self._written.set()
+            self._done.set()
+
+    def _get_on(self) -> None:
+        self._progress += 1
 
     def _withdraw(self, mine: Path) -> None:
         """Give the room back, and let nobody wait; where that cannot be said, patience ends the wait."""
@@ -137,7 +147,7 @@ class Attempt:
         missing = set(range(1, self.world.world_size))
         since, seen, pause = time.monotonic(), -1, SHORTEST_POLL
         while missing:
-            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.temporary)}
+            sizes = self._sizes()
             for rank in [rank for rank in missing if self._word(rank).name in sizes]:
                 stamps[rank] = self._hear(rank)
                 missing.remove(rank)
@@ -158,6 +168,14 @@ class Attempt:
         for rank in stamps:
             self._word(rank).unlink()
         return {rank_file(rank): stamp for rank, stamp in sorted(stamps.items())}
+
+    def _sizes(self) -> dict[str, int]:
+        """Of what is in the directory; a file may be given its name at this moment."""
+        sizes = {}
+        for entry in os.scandir(self.temporary):
+            with suppress(FileNotFoundError):
+                sizes[entry.name] = entry.stat().st_size
+        return sizes
 
     def _hear(self, rank: int) -> Stamp:
         said = json.loads(self._word(rank).read_bytes())

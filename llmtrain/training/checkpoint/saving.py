@@ -134,13 +134,10 @@ class Saver:
             tensors=tensors,
             record={**record, "parameters": state.shapes, "scalars": state.scalars},
             published=published,
-            tick=(lambda: None) if background else self._tick,
         )
         self._under_way = attempt, needed, free
-        if background:
-            attempt.start()
-        else:
-            attempt.run()
+        attempt.start()
+        if not background:
             self.join()
 
     def holds(self, step: int) -> bool:
@@ -152,6 +149,8 @@ class Saver:
         if self._under_way is None:
             return not self.failures
         (attempt, needed, free), self._under_way = self._under_way, None
+        attempt.wait_written(self._tick)
+        distributed.barrier()  # a rank that died is told here, and no file of it is waited for
         attempt.wait(self._tick)
         errors = distributed.gather_objects(attempt.error)
         if errors[0] is None:  # rank 0 has published it

@@ -56,7 +56,6 @@ def parts(directory: Path, ranks: int, told: list[Path]) -> list[Attempt]:
             tensors={f"w:weight:{rank}": torch.full((1000,), float(rank))},
             record=record(4),
             published=lambda path, size: told.append(path),
-            tick=lambda: None,
         )
         for rank in range(ranks)
     ]
@@ -68,7 +67,7 @@ def test_ranks_meet_in_the_directory_alone(tmp_path):
     for one in ranks:
         one.start()
     for one in ranks:
-        one.wait()
+        one.wait(lambda: None)
         assert one.error is None
     assert told == [tmp_path / "step_00000004"]
     assert names(told[0]) == [
@@ -94,7 +93,7 @@ def test_a_rank_whose_disk_refuses_fails_the_save_and_gives_its_room_back(tmp_pa
     for one in ranks:
         one.start()
     for one in ranks:
-        one.wait()
+        one.wait(lambda: None)
     assert refused.is_set()
     assert "rank 1" in str(ranks[0].error)
     assert "No space left" in str(ranks[0].error)
