@@ -39,6 +39,7 @@ def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
     from llmtrain.data.prepare import prepare
     from llmtrain.training.build import build_run, check_start, is_done, open_run, tokenizer_of
     from llmtrain.training.heartbeat import Heart
+    from llmtrain.training.preflight import preflight
     from llmtrain.training.trainer import begin, finish, fit
     from llmtrain.training.watchdog import longest_wait, watched
 
@@ -60,6 +61,7 @@ def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
             world=world,
         )
         ends.enter_context(closing(prepared))
+        preflight(config, world, prepared.tokenizer)
         with watched(directory, world, heart, config.hang_timeout, goes_on=config.resume != "never"):
             run = build_run(config, world, directory, prepared, stop, heart)
             begin(run)

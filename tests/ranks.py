@@ -8,6 +8,7 @@ under the environment that torchrun would set. Its standard output and error go 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -100,9 +101,14 @@ class RankServer:
         )
 
     def start(
-        self, arguments: Sequence[str], ranks: int, directory: Path, env: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[str],
+        ranks: int,
+        directory: Path,
+        env: Mapping[str, str] | None = None,
+        door: str = "train",
     ) -> Job:
-        """Start `ranks` processes of the train door with these arguments, in `directory`."""
+        """Start `ranks` processes of a door with these arguments, in `directory`."""
         directory.mkdir(parents=True, exist_ok=True)
         port = free_port()
         pids, outputs = [], []
@@ -118,6 +124,7 @@ class RankServer:
                 **(env or {}),
             }
             request = {
+                "door": door,
                 "argv": [*arguments],
                 "env": variables,
                 "output": str(output),
@@ -155,8 +162,6 @@ class RankServer:
 
 def serve() -> None:
     """Read requests from standard input until it closes; nothing here starts a thread before the forks."""
-    import importlib
-
     answers = os.fdopen(os.dup(1), "w")  # what libraries print at import must not get between the answers
     os.dup2(2, 1)
     for module in WARM:
@@ -192,7 +197,7 @@ def _fork(request: dict[str, Any]) -> int:
     os.chdir(request["cwd"])
     code = 1
     try:
-        from llmtrain.train import main
+        main = importlib.import_module(f"llmtrain.{request['door']}").main
 
         adapt()
         code = main(request["argv"])

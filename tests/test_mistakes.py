@@ -112,6 +112,40 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "old/index.json: version 1 of the format is not 2: prepare the text again",
     ),
     "dashes": (["--max_steps=5"], "max_steps=5"),
+    "a run directory below a file": (
+        [f"output_dir={HERE}/lines.json/run"],
+        "lines.json is a file, not a directory; name another place",
+    ),
+    "a cache below a file": ([f"cache_dir={HERE}/lines.json/cache"], "cache_dir="),
+    "a key that needs no permission": (
+        ["resume_changes=[max_steps]"],
+        "max_steps needs no permission: it is safe",
+    ),
+    "a typo in a permission": (["resume_changes=[optimiser.lr]"], "did you mean optimizer?"),
+    "a model that no memory holds": (
+        ["model.d_model=65536", "model.d_ff=262144", "model.n_layers=400"],
+        "deepspeed.zero_optimization.stage=1: weights, gradients and optimizer state of 23,639,",
+    ),
+    "more checkpoints than the disk holds": (
+        ["max_steps=1000000000", "checkpoint.every=1", "checkpoint.keep=1000000000"],
+        "checkpoint.keep=1000000000: ",
+    ),
+    "more ids than the text has words for": (
+        ["tokenizer=sentencepiece", "tokenizer.vocab_size=90000"],
+        "tokenizer.vocab_size=90000 does not suit this text",
+    ),
+    "a tokenizer that is none": (
+        ["tokenizer=sentencepiece", f"tokenizer.path={HERE}/bad.jsonl"],
+        "bad.jsonl: not a SentencePiece model",
+    ),
+    "a file without text": ([f"{PROSE}.path={HERE}/empty.jsonl"], "of 0 documents none has text"),
+    "text of another format": ([f"+{PROSE}.format=parquet"], "cannot be read as parquet"),
+    "everything held out": (["data.validation_fraction=0.9999"], "lower data.validation_fraction"),
+    "weights that come to nothing": (
+        ["data.sources.code.weight=0", f"{PROSE}.weight=0"],
+        "data.sources: no source has a weight above 0",
+    ),
+    "a source that is never read": ([f"{PROSE}.weight=1e-9"], "is below 1/65536 of the stream"),
 }
 
 
@@ -141,6 +175,7 @@ def wrong_files(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("wrong")
     (directory / "lines.json").write_text('{"text": "one"}\n{"text": "two"}\n')
     (directory / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n' * 3)
+    (directory / "empty.jsonl").write_text("")
     (directory / "old").mkdir()
     (directory / "old" / "index.json").write_text(
         json.dumps({"version": 1, "shards": [], "manifest_hash": "0"})
@@ -172,6 +207,15 @@ def test_every_mistake_is_one_line_and_78(ranks, tiny, tmp_path, wrong_files, si
         (line,) = [line for output in job.outputs for line in complaint(output.read_text())]
         assert MISTAKES[name][1] in line, name
         assert not (directory(name) / "run" / "metrics.jsonl").exists(), name
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_check_finds_it_too(tiny, tmp_path, wrong_files, capsys, name):
+    words = [*tiny, f"output_dir={tmp_path}/run", *MISTAKES[name][0]]
+    assert import_module("llmtrain.check").main(at(wrong_files, words)) == 78
+    (line,) = complaint(capsys.readouterr().err)
+    assert MISTAKES[name][1] in line
+    assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
 
 
 @pytest.mark.parametrize(("door", "words", "expected"), AT_OTHER_DOORS)

@@ -20,8 +20,12 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
-STARTS = [command for command in COMMANDS if re.search(r"launch/(quickstart|local)|llmtrain\.train", command)]
-DOORS = [command for command in COMMANDS if command.startswith("llmtrain ")]
+STARTS = [
+    command
+    for command in COMMANDS
+    if re.search(r"launch/(quickstart|local)|llmtrain\.train|llmtrain check", command)
+]
+DOORS = [command for command in COMMANDS if command.startswith("llmtrain ") and command not in STARTS]
 
 
 def test_every_command_is_tried_below():

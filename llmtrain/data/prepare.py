@@ -37,7 +37,7 @@ from llmtrain.tokenizer.training import LOSSLESS, train_sentencepiece
 
 __all__ = [
     "Prepared", "PreparedSource", "build_tokenizer", "check_inputs", "parse_part", "prepare",
-    "prepared_tokens", "sample_documents", "train_tokenizer",
+    "prepared_tokens", "sample_documents", "sample_source", "train_tokenizer",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -386,6 +386,13 @@ def sample_documents(data: DataConfig) -> Iterator[Document]:
     guessed = [typical if size is None else size for size in sizes]
     for source, slices, size in zip(texts, inputs, guessed, strict=True):
         share = SAMPLE_BYTES * size // max(1, sum(guessed))
+        yield from _sample_slices(source, slices, share, data)
+
+
+def sample_source(source: SourceConfig, share: int, data: DataConfig) -> Iterator[Document]:
+    """About `share` bytes of training documents of one source, always the same; none where it is tokens."""
+    if readers.resolve_format(source) not in TOKENS_ALREADY:
+        slices = [piece for part in readers.parts(source) for piece in part.slices]
         yield from _sample_slices(source, slices, share, data)
 
 

@@ -27,7 +27,7 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise UserError(f"{path} is not a SentencePiece model: {error}") from error
+            raise UserError(f"tokenizer.path={path}: not a SentencePiece model: {error}") from error
         self._threads = usable_cores()
         self._literal_space = self._ids_of_literal_space()
         controls = [i for i in (self.bos_id, self.eos_id) if i is not None]

@@ -49,6 +49,7 @@ from llmtrain.training.engine.engine import Engine, build_engine
 from llmtrain.training.goodput import Goodput
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.loggers import Logger
+from llmtrain.training.places import check_places
 from llmtrain.training.rewinds import Rewind, hide_stale, merged, read_rewinds
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.saver import build_saver
@@ -117,11 +118,13 @@ class Run:
 def check_start(config: TrainConfig, world: World) -> None:
     """UserError for what only the number of ranks or the disk can tell, before anything starts.
 
-    The text must be there, and a checkpoint that `resume` names, or whole weights of `model.init_from`; the
-    attention backend and FP8, if asked for; the global batch must divide into ranks and micro-batches.
+    Directories must be such that can be written. The text must be there, and a checkpoint that `resume`
+    names, with settings that may go on here, or whole weights of `model.init_from`; the attention backend
+    and FP8, if asked for; the global batch must divide into ranks and micro-batches.
     """
     from llmtrain.training.pretrained import check_files
 
+    check_places(output_dir=config.output_dir, cache_dir=config.cache_dir)
     check_inputs(config.data)
     if config.fp8:
         check_fp8(config.fp8)
@@ -130,10 +133,14 @@ def check_start(config: TrainConfig, world: World) -> None:
     checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
     if checkpoint is None:
         check_files(config)
-    elif config.resume != "auto":
-        step = read_record(checkpoint)["step"]
-        if step >= config.max_steps:
-            raise UserError(f"max_steps={config.max_steps}: {checkpoint} is at step {step}; raise max_steps")
+    else:
+        saved = read_record(checkpoint)
+        if config.resume != "auto" and saved["step"] >= config.max_steps:
+            raise UserError(
+                f"max_steps={config.max_steps}: {checkpoint} is at step {saved['step']}; raise max_steps"
+            )
+        now = describe_run(config, world, saved["tokenizer"], precision_here(config))
+        check_changes(checkpoint, changes(saved, now), config.resume_changes)
     unit = world.world_size * config.micro_batch_size
     if config.global_batch_size % unit:
         raise UserError(
@@ -211,7 +218,7 @@ def build_run(
     checkpoint = chosen.path if chosen else None
     if chosen is not None:
         saved = chosen.record
-        changed = changes(saved, describe_run(config, world, tokenizer, precision))
+        changed = changes(saved, describe_run(config, world, tokenizer.fingerprint, precision))
         check_changes(chosen.path, changed, config.resume_changes)
         tell_changes(chosen.path, changed)
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
@@ -317,14 +324,14 @@ def _tell_mixture(dataset: PackedDataset, step: int, max_steps: int) -> None:
 
 
 def describe_run(
-    config: TrainConfig, world: World, tokenizer: Tokenizer, precision: ResolvedPrecision
+    config: TrainConfig, world: World, fingerprint: str, precision: ResolvedPrecision
 ) -> dict[str, Any]:
     """What a checkpoint is bound to, beside the state of the data."""
     return {
         "world_size": world.world_size,
         "stage": config.deepspeed.stage,
         "precision": precision,
-        "tokenizer": tokenizer.fingerprint,
+        "tokenizer": fingerprint,
         "config": redact(config.model_dump(mode="json")),
     }
 

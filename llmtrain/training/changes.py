@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,8 +95,8 @@ class Change:
     reason: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For events.jsonl."""
-        return asdict(self)
+        """What events.jsonl has under the key."""
+        return {"run": self.run, "now": self.now, "rule": self.rule}
 
 
 def rule_of(key: str) -> tuple[Rule, str]:

@@ -53,9 +53,9 @@ def run_length(config: TrainConfig) -> RunLength:
     return RunLength(config.seq_len, config.global_batch_size, config.max_steps)
 
 
-def measure(config: TrainConfig) -> dict[str, Size]:
+def measure(config: TrainConfig, tokenizer: Tokenizer | None = None) -> dict[str, Size]:
     """The size of every source: declared, counted by `prepare`, or estimated from a sample."""
-    tokenizer = _tokenizer(config)
+    tokenizer = tokenizer or _tokenizer(config)
 
     def prepared(name: str, source: SourceConfig) -> int | None:
         return prepared_tokens(name, source, config.data, tokenizer, config.cache_dir)

@@ -49,7 +49,7 @@ def save(run: Run, *, wait: bool = False) -> bool:
             run.directory.sync()
     record = {
         "step": run.step,
-        **describe_run(run.config, run.world, run.tokenizer, run.precision),
+        **describe_run(run.config, run.world, run.tokenizer.fingerprint, run.precision),
         "data": run.dataset.state(run.step),
         "spikes": run.spikes.state(),
         "rewinds": len(run.rewinds),

@@ -276,7 +276,7 @@ def begin(run: Run) -> None:
         precision=run.precision,
         micro_batch_size=run.config.micro_batch_size,
         gradient_accumulation_steps=run.engine.accumulation,
-        **({"changes": [change.as_dict() for change in run.changed]} if run.changed else {}),
+        **({"changes": {change.key: change.as_dict() for change in run.changed}} if run.changed else {}),
         seconds=run.goodput.start,
     )
 

@@ -12,7 +12,6 @@ import pytest
 from llmtrain.config import UserError
 from llmtrain.config.hydra import compose
 from llmtrain.distributed import World
-from llmtrain.tokenizer import BytesTokenizer
 from llmtrain.training.build import describe_run
 from llmtrain.training.changes import (
     TABLE,
@@ -53,7 +52,7 @@ RULES = {
 
 def record(tiny: list[str], *overrides: str, ranks: int = 1) -> dict[str, Any]:
     config = compose(TrainConfig, [*tiny, *overrides])
-    return json.loads(json.dumps(describe_run(config, World(0, ranks), BytesTokenizer(), "fp32")))
+    return json.loads(json.dumps(describe_run(config, World(0, ranks), "a", "fp32")))
 
 
 def test_every_key_has_a_rule_of_its_own():
@@ -158,8 +157,11 @@ def test_a_change_that_is_allowed_is_written_down(ranks, tiny, tmp_path):
 
     ranks.run([*changed, "resume_changes=[optimizer.lr]"], 1, tmp_path)
     (event,) = [event for event in events(tmp_path / "run") if event["event"] == "resume"]
-    told = {change["key"]: (change["run"], change["now"], change["rule"]) for change in event["changes"]}
-    assert told["optimizer.lr"][1:] == (1e-5, "flag")
-    assert told["max_steps"] == (2, 4, "safe")
+    assert event["changes"]["optimizer.lr"] == {"run": 3e-3, "now": 1e-5, "rule": "flag"}
+    assert event["changes"]["max_steps"] == {"run": 2, "now": 4, "rule": "safe"}
     # The checkpoint now says what it was trained with: the same command needs no permission any more.
-    ranks.run([*tiny, "max_steps=5", "optimizer.lr=1e-5"], 1, tmp_path)
+    moved = [*tiny, "max_steps=5", "optimizer.lr=1e-5", "deepspeed=zero3", "micro_batch_size=1"]
+    job = ranks.run(moved, 2, tmp_path)
+    rows = [line.split()[:4] for line in job.outputs[0].read_text().splitlines()]
+    assert ["ranks", "1", "2", "safe:"] in rows
+    assert ["deepspeed.zero_optimization.stage", "1", "3", "safe:"] in rows

@@ -26,7 +26,7 @@ from llmtrain.training.checkpoint.reading import (
     set_random_states,
 )
 from llmtrain.training.checkpoint.saving import Failed, Saved, Saver
-from llmtrain.training.checkpoint.space import check_space
+from llmtrain.training.checkpoint.space import check_space, free_bytes
 
 __all__ = [
     "CheckpointConfig",
@@ -44,6 +44,7 @@ __all__ = [
     "choose",
     "damages",
     "find_checkpoint",
+    "free_bytes",
     "hide",
     "newest_verified",
     "read_record",
