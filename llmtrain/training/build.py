@@ -92,6 +92,8 @@ class Run:
     spikes: SpikeDetector
     rewinds: Sequence[Rewind]
     """Those of the run's history, oldest first."""
+    began: int = 0
+    """The last step that this process did not train."""
     step: int = 0
     skipped: int = 0
     """Steps in a row that were not applied."""
@@ -260,6 +262,7 @@ def build_run(
         corruption=CorruptionCheck(config.corruption_check),
         spikes=SpikeDetector(config.spikes, judged),
         rewinds=rewinds,
+        began=step,
         step=step,
         waits=any(distributed.gather_objects(prepared.is_remote or not prepared.complete)),
         schedule=config.scheduler.build(config.max_steps),

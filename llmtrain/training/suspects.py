@@ -11,9 +11,9 @@ from llmtrain import distributed
 from llmtrain.config import ExitCode, UserError
 from llmtrain.data.provenance import row_of
 from llmtrain.training.build import Run
-from llmtrain.training.checkpoint import checkpoints, read_record
+from llmtrain.training.checkpoint import checkpoints
 from llmtrain.training.engine.transfer import StepResult
-from llmtrain.training.rewinds import choose_rewind, hide_stale, write_rewinds
+from llmtrain.training.rewinds import Rewind, choose_rewind, hide_stale, write_rewinds
 from llmtrain.training.saves import report
 from llmtrain.training.spikes import Verdict
 from llmtrain.training.where import document_at
@@ -86,7 +86,7 @@ def rewind(run: Run, step: int, verdict: Verdict) -> NoReturn:
 
     After `max_rewinds` the run ends with 87 instead.
     """
-    config, directory = run.config.spikes, run.directory
+    config = run.config.spikes
     if len(run.rewinds) >= config.max_rewinds:
         raise UserError(
             f"step {step} is a spike after {len(run.rewinds)} rewinds, and spikes.max_rewinds="
@@ -95,30 +95,43 @@ def rewind(run: Run, step: int, verdict: Verdict) -> NoReturn:
             exit_code=ExitCode.NON_FINITE,
         )
     run.saver.join()
-    chosen = None
-    if run.world.is_main:
-        start = 0 if run.checkpoint is None else read_record(run.checkpoint)["step"]
-        chosen = choose_rewind(
-            step,
-            (verdict.loss_z, verdict.grad_norm_z),
-            [commit for commit, _ in checkpoints(directory.checkpoints)],
-            start,
-            run.dataset,
-            config.rewind_steps,
-            config.skip_steps,
+    decided = distributed.broadcast_object(_decide(run, step, verdict) if run.world.is_main else None)
+    if isinstance(decided, OSError):
+        raise UserError(
+            f"step {step} is a spike, and its rewind could not be written down: {decided}; make room: the "
+            "same command comes to it again",
+            exit_code=1,
         )
-        rewinds = [*run.rewinds, chosen]
+    near = ""
+    if step - decided.to < config.rewind_steps:
+        near = f", nearer than spikes.rewind_steps={config.rewind_steps}: there is none older"
+    first, last = decided.skip
+    again = "resume=auto" if run.config.resume == "never" else "the same command"
+    raise UserError(
+        f"step {step} is a spike: back to step {decided.to}{near}; past steps {first} to {last} of the data; "
+        f"{again} goes on from there",
+        exit_code=ExitCode.REWIND,
+    )
+
+
+def _decide(run: Run, step: int, verdict: Verdict) -> Rewind | OSError:
+    """Choose a rewind and make it the run's; the error where the disk refuses."""
+    config, directory = run.config.spikes, run.directory
+    chosen = choose_rewind(
+        step,
+        (verdict.loss_z, verdict.grad_norm_z),
+        [commit for commit, _ in checkpoints(directory.checkpoints)],
+        run.began,
+        run.dataset,
+        config.rewind_steps,
+        config.skip_steps,
+    )
+    rewinds = [*run.rewinds, chosen]
+    try:
         write_rewinds(directory, rewinds)
         hide_stale(directory.checkpoints, rewinds)
         directory.append_event("rewind", step=step, number=len(rewinds), **asdict(chosen))
-        report(run)
-    chosen = distributed.broadcast_object(chosen)
-    near = ""
-    if step - chosen.to < config.rewind_steps:
-        near = f", nearer than spikes.rewind_steps={config.rewind_steps}: there is none older"
-    first, last = chosen.skip
-    raise UserError(
-        f"step {step} is a spike: back to step {chosen.to}{near}; past steps {first} to {last} of the data; "
-        "start the same command again",
-        exit_code=ExitCode.REWIND,
-    )
+    except OSError as error:
+        return error
+    report(run)
+    return chosen

@@ -18,7 +18,7 @@ import torch
 
 from llmtrain.config import UserError
 from llmtrain.data.dataset import Skip
-from llmtrain.training.checkpoint import Manifest, checkpoints
+from llmtrain.training.checkpoint import Manifest, checkpoints, read_record
 from llmtrain.training.engine.guard import Limits
 from llmtrain.training.engine.transfer import StepResult
 from llmtrain.training.rewinds import (
@@ -373,6 +373,10 @@ def test_a_rewind_is_replayed_bit_for_bit_also_when_it_is_killed(ranks, noisy, t
         assert job.wait() == ([-9, -9] if environment else [0, 0]), job.output()
     assert trained(killed) == whole
     assert len(records(killed)[13]) == 3  # of the first branch, of the start that was killed, of the last
+
+    ours, theirs = (read_record(place / "checkpoints" / "step_00000018") for place in (run, killed))
+    assert (ours["rewinds"], ours["spikes"]) == (1, theirs["spikes"])
+    assert [step for step, *_ in ours["spikes"]] == list(range(10, 19))  # those before the checkpoint, too
 
     page = (run / "report.html").read_text()
     assert "back to step 12; steps 13 to 22 of the data are left out" in page
