@@ -29,6 +29,13 @@ def _pausing(function: Callable[..., Any], ranks: str = "01", call: int = 1) -> 
     return paused
 
 
+def before_prepare() -> None:
+    """Both ranks, with the text still to prepare."""
+    from llmtrain.data import prepare
+
+    prepare.prepare = _pausing(prepare.prepare)
+
+
 def in_prepare() -> None:
     """Rank 1 prepares text for ever."""
     from llmtrain.data import prepare

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import PATCH
+from tests.training.pauses import PLACE
+
 CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
@@ -199,17 +202,34 @@ def test_an_older_checkpoint_of_the_same_run_is_refused(ranks, tiny, tmp_path):
     assert steps(tmp_path / "run") == ["step_00000002", "step_00000004"]
 
 
+def tree(directory: Path) -> dict[str, int]:
+    """When each file and directory changed, but for the lock, which its owner touches."""
+    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"}
+
+
 def test_a_second_job_in_the_same_directory_ends_with_73_and_touches_nothing(ranks, tiny, tmp_path):
-    job = ranks.start([*tiny, "max_steps=400"], 1, tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists():
+    """Every rank of it, and before any text is prepared; a directory whose owner was killed is taken over."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    ranks.run([*tiny, "max_steps=1"], 1, tmp_path)
+    common = [*tiny, "max_steps=3", f"cache_dir={cache}", f"resume={run}"]
+    hook = {PATCH: "tests.training.pauses:before_prepare", PLACE: str(tmp_path)}
+    job = ranks.start(common, 2, tmp_path, hook)
+    deadline = time.monotonic() + 240
+    while not all((tmp_path / f"at-{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < deadline, job.output()
         time.sleep(0.05)
-    second = ranks.start([*tiny, "max_steps=400"], 1, tmp_path)
-    assert second.wait() == [73]
-    assert f"process {job.pids[0]} on" in second.output()
-    os.kill(job.pids[0], signal.SIGTERM)
-    assert job.wait() == [85]
-    assert sorted(records(tmp_path / "run")) == list(range(1, len(records(tmp_path / "run")) + 1))
-    assert all(len(rows) == 1 for rows in records(tmp_path / "run").values())
+    before, owner = tree(run), (run / ".lock").read_text()
+    assert json.loads(owner)["pid"] == job.pids[0]
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-second")
+    second = ranks.start(common, 2, elsewhere)
+    assert second.wait() == [73, 73], second.output()
+    (line,) = [line for line in second.output().splitlines() if line.startswith("error: ")]
+    assert f"process {job.pids[0]} on" in line
+    assert (tree(run), (run / ".lock").read_text()) == (before, owner)
+    assert not cache.exists()
+
+    job.kill(signal.SIGKILL)
+    job.wait()
+    ranks.run(common, 2, elsewhere)
+    assert sorted(records(run)) == [1, 2, 3]
+    assert (run / ".lock").read_text() == ""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,44 @@ def test_a_shared_lock_that_stays_is_refused(run: RunDirectory, monkeypatch: pyt
         with pytest.raises(UserError, match="at work in this run directory"):
             run.lock()
     run.lock()
+
+
+TOUCH = """
+import os, sys, time
+print("up", flush=True)
+while True:
+    os.utime(sys.argv[1])
+    time.sleep(0.05)
+"""
+
+
+def test_a_lock_of_another_machine_holds_where_their_file_system_keeps_locks_apart(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record is all that is seen of it: it holds as long as its owner touches it."""
+    monkeypatch.setattr("llmtrain.training.run_directory.TOUCH_SECONDS", 0.3)
+    owner = {"host": "elsewhere", "pid": 7, "boot_id": "another", "started": "then"}
+    lock = run.path / ".lock"
+    lock.write_text(json.dumps(owner))
+    other = subprocess.Popen([sys.executable, "-c", TOUCH, str(lock)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "up\n"
+        with pytest.raises(UserError, match="process 7 on elsewhere") as error:
+            run.lock()
+        assert error.value.exit_code == ExitCode.LOCKED
+        assert json.loads(lock.read_text()) == owner
+    finally:
+        other.kill()
+        other.wait()
+    run.lock()
+    assert json.loads(lock.read_text())["pid"] == os.getpid()
+    touched = lock.stat().st_mtime_ns
+    deadline = time.monotonic() + 60
+    while lock.stat().st_mtime_ns == touched:
+        assert time.monotonic() < deadline, "nobody else could see that we live"
+        time.sleep(0.05)
+    run.unlock()
+    assert lock.read_text() == "", "an orderly end leaves nothing to wait for"
 
 
 def test_a_child_process_does_not_inherit_the_lock(run: RunDirectory) -> None:
