@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from llmtrain.training.checkpoint import seed_random_states
 from tests.ranks import RECORD, RankServer
 from tests.training.test_provenance import recorded
 from tests.training.test_resume import records
@@ -85,3 +87,14 @@ def train(ranks: RankServer, common: list[str], legs: list[Leg], steps: int, dir
         ranks.run(options, leg.ranks, directory, {RECORD: str(record)})
         tokens.append(recorded(record, leg.ranks))
     return np.concatenate(tokens)
+
+
+def test_random_numbers_of_other_ranks_follow_from_seed_step_and_rank() -> None:
+    def drawn(*where: int) -> float:
+        seed_random_states(*where)
+        return torch.rand(1, dtype=torch.float64).item()
+
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 11, 1), (0, 1, 11)]
+    numbers = [drawn(*place) for place in places]
+    assert len(set(numbers)) == len(places)
+    assert [drawn(*place) for place in places] == numbers
