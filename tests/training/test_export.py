@@ -144,8 +144,7 @@ def test_what_ends_the_comparison_leaves_a_whole_export(ranks, tiny, tmp_path, m
         raise MemoryError
 
     monkeypatch.setattr(exporting, "logits_there", ends)
-    with pytest.raises(MemoryError):
-        export_main([run, str(output)])
+    assert export_main([run, str(output)]) == 1
     compared = {path.name for path in (tmp_path / "exported-compared").iterdir()}
     assert {path.name for path in output.iterdir()} == compared
     note = json.loads((output / "llmtrain_export.json").read_text())
