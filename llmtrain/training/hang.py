@@ -32,14 +32,15 @@ class Vital:
     """Whether its watchdog lives."""
 
     @classmethod
-    def of(cls, rank: int, heartbeat: Mapping[str, Any] | None, *, answers: bool, now: float) -> Vital:
+    def of(cls, rank: int, heartbeat: Mapping[str, Any] | None, now: float) -> Vital:
         """From a heartbeat, which is None where the rank was never heard of; `now` on the wall clock."""
         if heartbeat is None:
             return cls(rank, "", "", 0, 0, "", False, 0.0, answers=False)
-        names = ("host", "phase", "step", "turn", "source", "waits")
-        silence = 0.0 if answers else max(0.0, now - heartbeat["time"])
-        said = {name: heartbeat[name] for name in names}
-        return cls(rank, **said, seconds=heartbeat["seconds"] + silence, answers=answers)
+        said = {
+            name: heartbeat[name] for name in ("host", "phase", "step", "turn", "source", "waits", "answers")
+        }
+        silence = 0.0 if said["answers"] else max(0.0, now - heartbeat["time"])
+        return cls(rank, seconds=heartbeat["seconds"] + silence, **said)
 
     @property
     def place(self) -> str:

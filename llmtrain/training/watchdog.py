@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 TICKS, SLOWEST_TICK = 10, 5.0
 """Heartbeats within `hang_timeout`, and the longest time between two, in seconds."""
 
-ANSWER_TICKS, ANSWER_SECONDS = 3, 2.0
-"""How long ranks have to answer when one finds that the job hangs."""
+ANSWER_SHARE, ANSWER_SECONDS = 0.1, 3.0
+"""Of `hang_timeout`, and more: how long ranks may take to answer (NFS shows a file half a minute late)."""
 
 COLLECTIVE = re.compile(r"gloo|nccl|processgroup|connection (closed|reset|refused)", re.IGNORECASE)
 COMMUNICATION = re.compile(r"/(torch/distributed|deepspeed/comm)/")
@@ -107,7 +107,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="llmtrain-watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Begin to watch; rank 0 removes the heartbeats of ranks that there are no more."""
+        if self._world.is_main:
+            for file in self._directory.heartbeats.glob("rank_*.json"):
+                if int(file.stem.removeprefix("rank_")) >= self._world.world_size:
+                    file.unlink(missing_ok=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -191,41 +195,43 @@ class Watchdog:
             self._put(marker, {"job": self._job, "rank": self._world.rank})
         self._write(answers=True)
         self._dump_stacks()
-        patience = ANSWER_TICKS * self._tick + ANSWER_SECONDS
-        self._await(patience, lambda: len(self._answers()) == self._world.world_size)
-        if min(self._answers(), default=self._world.rank) >= self._world.rank:
+        patience = ANSWER_SHARE * (self._timeout or 0.0) + ANSWER_SECONDS
+        led = self._await(patience, self._is_led if self._world.rank else self._is_complete)
+        if not (led and self._world.rank):
             self._speak()
             self._put(marker, {"job": self._job, "rank": self._world.rank, "said": True})
-        self._await(patience, lambda: "said" in (self._marker() or {}))
+        self._await(2 * patience, lambda: "said" in (self._marker() or {}))
         os._exit(ExitCode.HANG)
 
-    def _await(self, seconds: float, come: Any) -> None:
+    def _is_led(self) -> bool:
+        """Whether a lower rank answers, which then has the word."""
+        return any(self._answers(rank) for rank in range(self._world.rank))
+
+    def _is_complete(self) -> bool:
+        return all(self._answers(rank) for rank in range(self._world.world_size))
+
+    def _await(self, seconds: float, come: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + seconds
-        while not come() and time.monotonic() < deadline:
+        while not (has_come := come()) and time.monotonic() < deadline:
             time.sleep(self._tick / TICKS)
+        return has_come
 
-    def _heartbeats(self) -> dict[int, dict[str, Any]]:
-        """The heartbeats of this job's ranks."""
-        found = {rank: _read(self._file(rank)) for rank in range(self._world.world_size)}
-        return {rank: one for rank, one in found.items() if one and one["job"] == self._job}
+    def _heartbeat(self, rank: int) -> dict[str, Any] | None:
+        """What a rank of this job wrote last."""
+        found = _read(self._file(rank))
+        return found if found and found["job"] == self._job else None
 
-    def _answers(self) -> list[int]:
-        return [rank for rank, one in self._heartbeats().items() if one["answers"]]
+    def _answers(self, rank: int) -> bool:
+        return (self._heartbeat(rank) or {"answers": False})["answers"]
 
     def _speak(self) -> None:
-        beats, now = self._heartbeats(), time.time()
-        sentence = verdict(
-            [
-                Vital.of(rank, beats.get(rank), answers=rank in beats and beats[rank]["answers"], now=now)
-                for rank in range(self._world.world_size)
-            ]
-        )
+        beats = [self._heartbeat(rank) for rank in range(self._world.world_size)]
+        sentence = verdict([Vital.of(rank, beat, now=time.time()) for rank, beat in enumerate(beats)])
         stacks = self._directory.stacks
         sys.stderr.write(f"error: hang: {sentence} (hang_timeout={self._timeout:g}); stacks: {stacks}\n")
         sys.stderr.flush()
-        step = max((one["step"] for one in beats.values()), default=self._heart.last.step)
         try:
-            self._directory.append_event("hang", step=step, verdict=sentence, ranks=len(beats))
+            self._directory.append_event("hang", step=self._heart.last.step, verdict=sentence)
         except OSError as error:
             logger.warning("%s: %s", self._directory.events, error)
 

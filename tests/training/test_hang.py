@@ -204,7 +204,7 @@ def test_who_does_not_answer_is_named_first():
         "rank 1 on host node0 has given no sign of life for 90 s, last in reduce of step 8; "
         "rank 0 waits in data of step 7; rank 2 waits in reduce of step 8"
     )
-    never = Vital.of(1, None, answers=False, now=0)
+    never = Vital.of(1, None, now=0)
     assert verdict([vital(0, "build", 0), never]) == "rank 1 has never been heard of; rank 0 waits in build"
 
 
@@ -228,8 +228,8 @@ def test_where_all_are_at_one_place_nobody_is_accused():
 def test_the_silence_of_a_rank_counts_from_its_last_beat():
     heartbeat = {"host": "a", "phase": "save", "step": 3, "turn": 7, "source": "", "waits": True}
     heartbeat |= {"seconds": 2.0, "time": 100.0}
-    assert Vital.of(4, heartbeat, answers=False, now=160.0).seconds == 62.0
-    assert Vital.of(4, heartbeat, answers=True, now=160.0).seconds == 2.0
+    assert Vital.of(4, {**heartbeat, "answers": False}, now=160.0).seconds == 62.0
+    assert Vital.of(4, {**heartbeat, "answers": True}, now=160.0).seconds == 2.0
 
 
 def test_a_turn_counts_changes_of_phase_and_not_the_rounds_of_a_loop():
