@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import math
 import os
 import shutil
-import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llmtrain.config import Config, ExitCode, UserError
+from llmtrain.config import Config, UserError
 from llmtrain.config.secrets import redact
 from llmtrain.files import sync
+from llmtrain.training.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
 HEARTBEATS = "heartbeats"
-TOUCH_SECONDS = 10.0
-"""How often the owner of a lock touches its record."""
-
-LOOK, LONGEST_LOOK = 0.01, 5.0
-"""Seconds that `is_locked` may hold a lock of its own; one that is held longer counts as a run's."""
-
-
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What a disk says that is full, or failing."""
 
@@ -47,11 +37,9 @@ class RunDirectory:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._lock: int | None = None
         self._late: dict[Path, bytes] = {}
         self._writing = threading.Lock()
-        self._unlocked = threading.Event()
-        self._touching = threading.Thread()
+        self._lock = RunLock(self.path)
 
     @property
     def name(self) -> str:
@@ -104,69 +92,16 @@ class RunDirectory:
     # The lock.
 
     def lock(self) -> None:
-        """Take the directory for this process, until `unlock` or the process's end, however it ends.
-
-        A directory that another process holds is a UserError with exit code 73 and one line. Where a file
-        system keeps locks on each machine apart, a record that another machine still touches is a lock, too.
-        """
-        assert self._lock is None, "this object holds the lock already"
-        self.path.mkdir(parents=True, exist_ok=True)
-        file, began = self.path / ".lock", time.monotonic()
-        while self._lock is None:
-            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                if not self.is_locked() and time.monotonic() - began < LONGEST_LOOK:
-                    time.sleep(LOOK)
-                    continue
-                raise UserError(
-                    _locked_message(self.path, _read_owner(file)), exit_code=ExitCode.LOCKED
-                ) from None
-            if _is_same_file(handle, file):
-                self._take(handle, file)
-            else:  # the directory was set aside between our open and our flock: that lock is another run's
-                os.close(handle)
-
-    def _take(self, handle: int, file: Path) -> None:
-        """Write down who holds the lock, and touch the record as long as that is so."""
-        owner = _record(file)
-        if owner.get("boot_id", boot_id()) != boot_id() and _is_touched(file, owner):
-            os.close(handle)
-            raise UserError(_locked_message(self.path, owner), exit_code=ExitCode.LOCKED)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(_this_process()).encode() + b"\n", 0)
-        self._lock, self._unlocked = handle, threading.Event()
-        touch = partial(_touch, handle, self._unlocked)
-        self._touching = threading.Thread(target=touch, daemon=True, name="llmtrain-lock")
-        self._touching.start()
-
-    def is_locked(self) -> bool:
-        """Whether some process is at work in this directory.
-
-        It shares a lock with others who look, for a moment: `lock` can tell it from a run's, and tries again.
-        """
-        try:
-            handle = os.open(self.path / ".lock", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-        return False
+        """Take the directory for this process, until `unlock` or the process's end; see RunLock."""
+        self._lock.take()
 
     def unlock(self) -> None:
-        """Give the directory back, with an empty record; without a lock this does nothing."""
-        if self._lock is not None:
-            self._unlocked.set()
-            self._touching.join()
-            os.ftruncate(self._lock, 0)
-            os.close(self._lock)
-            self._lock = None
+        """Give the directory back; without a lock this does nothing."""
+        self._lock.release()
+
+    def is_locked(self) -> bool:
+        """Whether some process is at work in this directory."""
+        return self._lock.is_taken()
 
     def set_aside(self) -> Path | None:
         """Rename an older run to the next free `<name>.1`, `<name>.2`, ... so that nothing of it is lost.
@@ -174,7 +109,7 @@ class RunDirectory:
         Returns the new place, or None where there was nothing but the lock and
         heartbeats. A lock that is held stays held.
         """
-        held = self._lock is not None
+        held = self._lock.is_held
         if not held:
             self.lock()
         place = None
@@ -395,71 +330,3 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
             raise UserError(f"{file}:{number}: not a JSON object; mend or remove that line")
         objects.append(value)
     return objects
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": boot_id(), "started": _now()}
-
-
-def boot_id() -> str | None:
-    """What tells one boot of this machine from the next (Linux only)."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-
-
-def _is_same_file(handle: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), file.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _record(file: Path) -> dict[str, Any]:
-    """Who holds the lock, or held it and did not come to unlock it; else empty."""
-    with contextlib.suppress(OSError, ValueError):
-        owner = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(owner, dict):
-            return owner
-    return {}
-
-
-def _read_owner(file: Path) -> dict[str, Any]:
-    """The record of who holds the lock; the owner writes it a moment after the flock."""
-    for _ in range(20):
-        if owner := _record(file):
-            return owner
-        time.sleep(0.05)
-    return {}
-
-
-def _touch(handle: int, unlocked: threading.Event) -> None:
-    while not unlocked.wait(TOUCH_SECONDS):
-        os.utime(handle)
-
-
-def _is_touched(file: Path, owner: Mapping[str, Any]) -> bool:
-    """Whether the owner, on another machine, lives: waits for its next touch, for no clock is shared."""
-    logger.info(
-        "%s: process %s on %s did not unlock it; looking for %.0f s whether it is at work",
-        file, owner.get("pid"), owner.get("host"), 3 * TOUCH_SECONDS,
-    )  # fmt: skip
-    first, until = _touched_at(file), time.monotonic() + 3 * TOUCH_SECONDS
-    while time.monotonic() < until:
-        time.sleep(TOUCH_SECONDS / 10)
-        if _touched_at(file) != first:
-            return True
-    return False
-
-
-def _touched_at(file: Path) -> int:
-    """When the file was last written or touched; opening it makes a network file system ask its server."""
-    with file.open("rb") as stream:
-        return os.fstat(stream.fileno()).st_mtime_ns
-
-
-def _locked_message(path: Path, owner: Mapping[str, Any]) -> str:
-    who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= set(owner) else "another process"
-    since = f" since {owner['started']}" if "started" in owner else ""
-    return f"{path}: {who} is at work in this run directory{since}; wait for it, or choose another name"

@@ -104,6 +104,7 @@ def _complete(run: Run) -> None:
         line = next((before for before in reversed(lines) if before["step"] == run.step), line)
     for callback in due:
         callback.load(run, run.step)
+        run.heart.beat("eval")
         callback.after_step(run, line)
     _log(run, line)
 

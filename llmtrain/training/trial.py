@@ -118,9 +118,7 @@ def _train(config: TrainConfig, world: World, prepared: Prepared, report: Report
     fit(run)
     before = digest(run.engine)
     if finish(run) != ExitCode.OK:
-        raise UserError(
-            f"{directory.checkpoints}: no checkpoint could be written there, as is said above"
-        )
+        raise UserError(f"{directory.checkpoints}: no checkpoint could be written there, as is said above")
     if world.is_main:
         _tell_step(directory, report)
     _reload(config, world, directory, prepared, before)

@@ -193,7 +193,7 @@ def test_a_shared_lock_that_stays_is_refused(run: RunDirectory, monkeypatch: pyt
     """No run starts beside one whose lock looks like that, and none waits for ever."""
     import fcntl
 
-    monkeypatch.setattr("llmtrain.training.run_directory.LONGEST_LOOK", 0.2)
+    monkeypatch.setattr("llmtrain.training.run_lock.LONGEST_LOOK", 0.2)
     with (run.path / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_SH)
         with pytest.raises(UserError, match="at work in this run directory"):
@@ -214,7 +214,7 @@ def test_a_lock_of_another_machine_holds_where_their_file_system_keeps_locks_apa
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record is all that is seen of it: it holds as long as its owner touches it."""
-    monkeypatch.setattr("llmtrain.training.run_directory.TOUCH_SECONDS", 0.3)
+    monkeypatch.setattr("llmtrain.training.run_lock.TOUCH_SECONDS", 0.3)
     owner = {"host": "elsewhere", "pid": 7, "boot_id": "another", "started": "then"}
     lock = run.path / ".lock"
     lock.write_text(json.dumps(owner))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from llmtrain.training.run_directory import boot_id
+from llmtrain.training.run_lock import boot_id
 
 
 @dataclass(frozen=True)
