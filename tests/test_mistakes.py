@@ -124,7 +124,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a typo in a permission": (["resume_changes=[optimiser.lr]"], "did you mean optimizer?"),
     "a model that no memory holds": (
         ["model.d_model=65536", "model.d_ff=262144", "model.n_layers=400"],
-        "deepspeed.zero_optimization.stage=1: weights, gradients and optimizer state of 23,639,",
+        "deepspeed.zero_optimization.stage=1: weights, gradients and optimizer state of ",
     ),
     "more checkpoints than the disk holds": (
         ["max_steps=1000000000", "checkpoint.every=1", "checkpoint.keep=1000000000"],
@@ -148,6 +148,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a source that is never read": ([f"{PROSE}.weight=1e-9"], "is below 1/65536 of the stream"),
 }
 
+
+AT_ONCE = 6
+"""Jobs side by side: a rank that comes seconds after its peer tells the mistake again."""
 
 AT_OTHER_DOORS: list[tuple[str, list[str], str]] = [
     # the door, words after those of a run that works (of `where`: all words), what the one line must contain
@@ -200,13 +203,15 @@ def test_every_mistake_is_one_line_and_78(ranks, tiny, tmp_path, wrong_files, si
         words = [*tiny, f"output_dir={directory(name)}/run", *MISTAKES[name][0]]
         return ranks.start(at(wrong_files, words), size, directory(name))
 
-    jobs = {name: start(name) for name in MISTAKES}
-    for name, job in jobs.items():
-        assert job.wait() == [78] * size, (name, job.output())
-        assert "Traceback" not in job.output(), name
-        (line,) = [line for output in job.outputs for line in complaint(output.read_text())]
-        assert MISTAKES[name][1] in line, name
-        assert not (directory(name) / "run" / "metrics.jsonl").exists(), name
+    names = list(MISTAKES)
+    for first in range(0, len(names), AT_ONCE):
+        jobs = {name: start(name) for name in names[first : first + AT_ONCE]}
+        for name, job in jobs.items():
+            assert job.wait() == [78] * size, (name, job.output())
+            assert "Traceback" not in job.output(), name
+            told = [line for output in job.outputs for line in complaint(output.read_text())]
+            assert len(told) == 1 and MISTAKES[name][1] in told[0], (name, told)
+            assert not (directory(name) / "run" / "metrics.jsonl").exists(), name
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -179,11 +179,15 @@ def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> Iterator[Note]:
 def preflight(config: TrainConfig, world: World, tokenizer: Tokenizer) -> None:
     """The quick part of `llmtrain check`, before every run: UserError, or warnings in the log of rank 0.
 
-    The text of a run that goes on was looked at when it began.
+    The text of a run that goes on was looked at when it began. Text that cannot be read ends a run where all
+    ranks come to it, not here on rank 0.
     """
     notes = [check_memory(config, world, Model.of(config, tokenizer.vocab_size))]
     if world.is_main and find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints) is None:
-        notes += check_samples(config, tokenizer)
+        try:
+            notes += check_samples(config, tokenizer)
+        except UserError as error:
+            notes += [Note(f"no sample of the text: {line}", warns=True) for line in error.lines]
     for note in notes:
         if note.warns and world.is_main:
             logger.warning("%s", note.text)
