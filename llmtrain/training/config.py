@@ -110,6 +110,13 @@ class TrainConfig(Config):
         check_permissions(value)
         return value
 
+    @field_validator("name")
+    @classmethod
+    def _stays_below(cls, name: str) -> str:
+        if not name or name.startswith(("/", "~")) or ".." in Path(name).parts or not name.isprintable():
+            raise ValueError("names a directory below runs/: printable, not empty, no .., no / in front")
+        return name
+
     @model_validator(mode="after")
     def _runs_right(self) -> Self:
         self.check()

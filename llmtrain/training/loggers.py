@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import secrets
 import sys
@@ -32,6 +33,12 @@ CONNECT_SECONDS = 10.0
 
 FINISH_SECONDS = 15.0
 """Time that the end of a run waits for wandb at most."""
+
+SEND_SECONDS = 10.0
+"""Of these, the time to send what is still to be sent."""
+
+LEAVE_SECONDS = 2.0
+"""Time that wandb's own process has to end, once it has everything."""
 
 
 class Logger(Protocol):
@@ -146,6 +153,7 @@ class WandbLogger:
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         # A daemon, because a thread that waits for a dead network must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._done = threading.Event()
         self._thread.start()
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -153,8 +161,9 @@ class WandbLogger:
 
     def close(self) -> None:
         self._lines.put(None)
-        self._thread.join(FINISH_SECONDS)
-        if self._thread.is_alive():
+        if self._done.wait(FINISH_SECONDS):
+            self._thread.join(LEAVE_SECONDS)
+        else:
             logger.warning("wandb did not finish within %g s; metrics.jsonl has every line", FINISH_SECONDS)
 
     # Whatever wandb raises, here in its own thread, is a warning: observing a run must not break it.
@@ -162,14 +171,22 @@ class WandbLogger:
     def _work(self) -> None:
         try:
             run = self._start()
+            import wandb
+
             while (line := self._lines.get()) is not None:
                 run.log(line, step=line["step"])
             run.finish()
+            self._done.set()
+            wandb.teardown()  # here, because at the end of Python everything would wait for it
         except Exception as error:
             logger.warning("wandb is off, metrics.jsonl has every line: %s", _one_line(error))
+        finally:
+            self._done.set()
 
     def _start(self) -> Any:
         """A running wandb run, online if asked for and possible, else offline."""
+        # What wandb reports about itself it sends at the end of Python, and waits 20 s for a dead server.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         # Silent also means that wandb never asks for a key on the terminal: a thread could not be answered.
@@ -203,7 +220,7 @@ class WandbLogger:
             config=self._run_config,
             settings=wandb.Settings(
                 init_timeout=CONNECT_SECONDS,
-                finish_timeout=FINISH_SECONDS,
+                finish_timeout=SEND_SECONDS,
                 silent=True,
                 console="off",
                 disable_code=True,

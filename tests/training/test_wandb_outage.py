@@ -1,0 +1,107 @@
+"""A wandb server that dies or falls silent costs no step and, at the end of a run, at most 15 s."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmtrain.training import loggers
+from tests.training.test_resume import records
+from tests.training.wandb_server import WandbServer
+
+BUSY = 10
+"""Seconds that starting and ending Python may take on a machine with other work."""
+
+RUN = """
+import json, logging, sys, time
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+from llmtrain.training.loggers import WandbConfig, WandbLogger
+from llmtrain.training.run_directory import RunDirectory
+logger = WandbLogger(RunDirectory(sys.argv[1]), WandbConfig(mode="online", project="p"), "n", {"a": 1})
+slowest = 0.0
+for step in range(1, 41):
+    before = time.perf_counter()
+    logger.log({"step": step, "train/loss": 1 / step})
+    slowest = max(slowest, time.perf_counter() - before)
+    time.sleep(float(sys.argv[2]))
+print(json.dumps({"slowest": slowest, "ended": time.time()}), flush=True)
+logger.close()
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    server = WandbServer()
+    yield server
+    server.close()
+
+
+def environment(server: WandbServer, home: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    return {**kept, "HOME": str(home), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4}
+
+
+def run(server: WandbServer, path: Path, pause: float) -> subprocess.Popen[bytes]:
+    with (path / "printed").open("wb") as printed:
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, str(path / "run"), str(pause)],
+            stdout=printed, stderr=printed, stdin=subprocess.DEVNULL, env=environment(server, path),
+        )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[bytes], path: Path) -> tuple[float, str]:
+    """Seconds from the last step to the end of the process, and what it printed."""
+    code, now = process.wait(120), time.time()
+    printed = (path / "printed").read_text()
+    assert code == 0, printed
+    (line,) = [text for text in printed.splitlines() if text.startswith("{")]
+    assert json.loads(line)["slowest"] < 0.5, "a step waited for wandb"
+    assert "Traceback" not in printed
+    return now - json.loads(line)["ended"], printed
+
+
+def test_lines_arrive_at_a_server_that_lives(server: WandbServer, tmp_path: Path) -> None:
+    _, printed = ended(run(server, tmp_path, 0.05), tmp_path)
+    assert [line["step"] for line in server.lines] == list(range(1, 41))
+    assert "WARNING" not in printed
+
+
+@pytest.mark.parametrize("outage", [pytest.param("die", marks=pytest.mark.slow), "fall_silent"])
+def test_an_outage_in_the_middle(server: WandbServer, tmp_path: Path, outage: str) -> None:
+    process = run(server, tmp_path, 0.25)
+    assert server.began.wait(60)
+    getattr(server, outage)()
+    seconds, _ = ended(process, tmp_path)
+    assert len(server.lines) < 40
+    assert seconds < loggers.FINISH_SECONDS + BUSY
+    assert list(tmp_path.glob("run/wandb/run-*/run-*.wandb")), "what was not sent is kept"
+
+
+def test_silence_from_the_start(server: WandbServer, tmp_path: Path) -> None:
+    server.fall_silent()
+    seconds, printed = ended(run(server, tmp_path, 0.0), tmp_path)
+    assert seconds < loggers.FINISH_SECONDS + BUSY
+    assert "wandb" in printed and printed.count("WARNING") == 1
+
+
+@pytest.mark.parametrize("outage", ["fall_silent", pytest.param("die", marks=pytest.mark.slow)])
+def test_a_run_trains_the_same(server: WandbServer, ranks, tiny, tmp_path: Path, outage: str) -> None:
+    """Silent before it began, or dead in its middle."""
+    common = [*tiny, "max_steps=30"]
+    ranks.run([*common, f"output_dir={tmp_path}/without"], 1, tmp_path)
+    if outage == "fall_silent":
+        server.fall_silent()
+    job = ranks.start([*common, "logger.wandb.mode=online"], 1, tmp_path, environment(server, tmp_path))
+    if outage == "die":
+        assert server.began.wait(60), job.output()
+        server.die()
+    assert job.wait() == [0], job.output()
+    assert records(tmp_path / "run") == records(tmp_path / "without")
+    assert (tmp_path / "run" / "DONE").exists()
