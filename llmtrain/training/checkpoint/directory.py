@@ -83,4 +83,4 @@ def sweep(directory: Path) -> None:
     """Remove what saves and removals that were interrupted left behind."""
     for pattern in (f"{TEMPORARY}*", f"{TRASH}*"):
         for path in directory.glob(pattern):
-            shutil.rmtree(path)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)  # what a link leads to stays
