@@ -72,6 +72,11 @@ class Told:
         return bool(told.get("done")) and (Path(told["run"]) / "DONE").exists()
 
     @property
+    def preempted(self) -> bool:
+        """Whether a rank left because somebody asked, before anything could be lost."""
+        return self.file.with_name(f"{self.file.name}.preempted").exists()
+
+    @property
     def newest(self) -> str:
         """The name of the newest checkpoint; names are in the order of steps."""
         run = self.read().get("run")
@@ -80,7 +85,8 @@ class Told:
 
     def forget(self) -> None:
         """A new start tells anew."""
-        self.file.unlink(missing_ok=True)
+        for file in self.folder.iterdir():
+            file.unlink()
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -286,6 +292,8 @@ def _verdict(job: Job, received: list[signal.Signals], lost_ranks: bool) -> int:
     began = job.had_ranks or job.told.read()
     if asked and (not began or died_of(job.process.returncode) in asked):
         return PREEMPTED  # a rank dies of such a signal only before it has anything to save
+    if job.told.preempted:
+        return PREEMPTED  # the others fail for it
     if code == 0:
         say("the launcher ended with 0, but the run did not write DONE")
     return code or 1

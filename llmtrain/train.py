@@ -9,7 +9,7 @@ from llmtrain.config import ExitCode
 from llmtrain.config.hydra import hydra_door
 from llmtrain.importing import signals_end_it
 from llmtrain.training import train_config
-from llmtrain.training.launcher import launchers, tell_supervisor
+from llmtrain.training.launcher import launchers, tell_nothing_is_lost, tell_supervisor
 
 if TYPE_CHECKING:
     from llmtrain.distributed import World
@@ -23,7 +23,7 @@ def train(config: TrainConfig) -> int:
     from llmtrain.training.signals import StopRequest
 
     world = distributed.World.from_environment()
-    stop = StopRequest(config.grace_seconds, config.time_limit)
+    stop = StopRequest(config.grace_seconds, config.time_limit, tell_nothing_is_lost)
     with stop.listening(launchers()):
         if world.local_rank == 0:
             tell_supervisor(config.output_dir, config.grace_seconds)

@@ -36,6 +36,12 @@ def launchers() -> tuple[int, ...]:
     return tuple(found)
 
 
+def tell_nothing_is_lost() -> None:
+    """Tell launch/supervise.py that this rank leaves before the first step, whatever others make of that."""
+    if file := os.environ.get(SUPERVISOR):
+        Path(f"{file}.preempted").touch()
+
+
 def is_launcher(command: list[str]) -> bool:
     """Whether `python [-u] [-m] <one of the launchers> ...` is this command line."""
     words = command[:4]

@@ -65,15 +65,17 @@ class StopRequest:
         self,
         grace_seconds: float = 60.0,
         time_limit: float | None = None,
+        leaving: Callable[[], None] = lambda: None,
         age: Callable[[], float] = process_age,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`leaving` is called when the process leaves with nothing to save."""
         self.agreed = False
         self.trained = False
         """Whether this process has done a step: something can be lost."""
         self.saved = True
         """Whether no step of this process would be lost."""
-        self._grace, self._clock = grace_seconds, clock
+        self._grace, self._clock, self._leaving = grace_seconds, clock, leaving
         self._end = None if time_limit is None else clock() - age() + time_limit
         self._number, self._name = 0, "on another rank"
         self._since: float | None = None
@@ -187,6 +189,7 @@ class StopRequest:
         self._name, self._number = name, number
         self._since = self._since or self._clock()
         if not self.trained:
+            self._leaving()
             self._leave(f"{name}: nothing to save yet")
         logger.warning("%s: finishing the step and saving", name)
 

@@ -62,6 +62,10 @@ if mode == "rewind":
     if count < int(os.environ["REWINDS"]):
         sys.exit(89)
     mode = "return"
+if mode == "leave":
+    if rank == "1":
+        Path(os.environ["LLMTRAIN_SUPERVISOR"] + ".preempted").touch()
+    sys.exit(85 if rank == "1" else 1)
 if mode == "return":
     tell(done=os.environ.get("CODE", "0") == "0" and "UNDONE" not in os.environ)
     sys.exit(int(os.environ.get("CODE", "0")) if rank in ("0", "alone") else 0)

@@ -125,6 +125,13 @@ def test_a_signal_before_a_rank_listens_loses_nothing(start, stand_in, port):
     assert stand_ins(stand_in) == []
 
 
+def test_one_rank_that_leaves_before_the_first_step_loses_nothing(start, stand_in):
+    """Whatever others fail of because it is gone."""
+    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN.replace("exit $code", "exit 1"), MODE="leave")
+    job.communicate(timeout=60)
+    assert job.returncode == 85
+
+
 def test_success_needs_the_marker_and_the_word_of_the_ranks(start, stand_in):
     (stand_in / "run").mkdir()
     (stand_in / "run" / "DONE").touch()  # of an earlier start

@@ -13,6 +13,7 @@ import pytest
 from llmtrain.config import ExitCode, UserError
 from llmtrain.config.hydra import compose
 from llmtrain.training.config import TrainConfig
+from llmtrain.training.launcher import SUPERVISOR
 from llmtrain.training.signals import SPARE_SECONDS, SPARE_SHARE, StopRequest, parse_seconds
 from tests.ranks import PATCH, Job
 from tests.training.pauses import PLACE
@@ -37,6 +38,7 @@ def paused(ranks, tiny, tmp_path):
 
     def start(place: str, at: tuple[int, ...], *overrides: str) -> Job:
         hook = {PATCH: f"tests.training.pauses:{place}", PLACE: str(tmp_path)}
+        hook[SUPERVISOR] = str(tmp_path / "told")
         job = ranks.start([*tiny, *overrides], 2, tmp_path, hook)
         wait_for(job, *(tmp_path / f"at-{rank}" for rank in at))
         return job
@@ -65,6 +67,9 @@ def test_with_nothing_to_save_a_rank_leaves_at_once(paused, tmp_path, place, num
     job.kill(number)
     assert job.wait() == [85, 85], job.output()
     assert "nothing to save yet" in job.output()
+    assert (tmp_path / "told.preempted").exists()
+    told = json.loads((tmp_path / "told").read_text())
+    assert told == {"run": str(tmp_path / "run"), "grace_seconds": 120, "done": False}
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
