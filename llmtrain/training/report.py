@@ -314,9 +314,13 @@ HELD_OUT = (
 
 
 def by_step(lines: Iterable[Line]) -> list[Line]:
-    """One line a step in the order of steps; of a step that was replayed after a resume, the last one."""
-    newest = {line["step"]: line for line in lines}
-    return [newest[step] for step in sorted(newest)]
+    """The lines that count: where a step was passed anew, nothing from before of this step or later."""
+    found: list[Line] = []
+    for line in lines:
+        while found and found[-1]["step"] >= line["step"]:
+            found.pop()
+        found.append(line)
+    return found
 
 
 def bucket_size(points: int) -> int:

@@ -36,7 +36,14 @@ def tell(run: Run, step: int, result: StepResult, verdict: Verdict) -> None:
         if targets
     }
     worst = sorted(losses, key=lambda row: (math.isfinite(losses[row]), -losses[row]))[:MOST_ROWS]
-    rows = [{"row": row, "loss": losses[row], **_origin(run, step, row)} for row in worst]
+    rows: list[dict[str, Any]] = [
+        {"row": row, "loss": losses[row], "source": "", "documents": []} for row in worst
+    ]
+    try:
+        for row in rows:
+            row |= _origin(run, step, row["row"])
+    except (OSError, UserError) as error:  # shards that were let go again may be out of reach by now
+        logger.warning("not all documents of step %d can be named: %s", step, error)
     run.directory.append_event(
         verdict.kind,
         step=step,

@@ -67,7 +67,7 @@ def open_data(path: Path) -> RunData:
     prepared = open_text(path, config, tokenizer, waits=False)
     sources, held_out = prepared.open()
     dataset = build_dataset(config, sources, read_rewinds(directory)).resumed(order)
-    logged = [line["step"] for line in directory.read_metrics()]
+    logged = [line["step"] for line in directory.read_metrics()[-1:]]  # a rewind leaves later ones before it
     saved = [step for step, _ in checkpoints(directory.checkpoints)]
     return RunData(path, config, tokenizer, prepared, sources, held_out, dataset, max([0, *logged, *saved]))
 

@@ -555,6 +555,8 @@ def test_lines_are_ordered_by_step() -> None:
         {"step": 1},
         {"step": 2, "a": 2},
     ]
+    rewound = [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4}, {"step": 2, "a": 2}, {"step": 3, "a": 2}]
+    assert by_step(rewound) == [{"step": 1}, {"step": 2, "a": 2}, {"step": 3, "a": 2}]
 
 
 @pytest.mark.parametrize(
