@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import random
 import sys
 import tempfile
@@ -46,7 +47,12 @@ class Proofs:
             rng = random.Random(f"{self._a.seed}-{stage}")
             arguments = [*self._tiny, *MIDDLE, f"deepspeed=zero{stage}", f"max_steps={self._a.steps}"]
             soak = Soak(self._server, self._place(f"zero{stage}"), arguments, rng)
-            tally = soak.survive(plan(count, launchers, rng), "checkpoint.every=1", *self._a.overrides)
+            tally = soak.survive(
+                plan(count, launchers, rng),
+                "checkpoint.every=1",
+                *self._a.overrides,
+                seconds=60 * self._a.minutes / len(stages),
+            )
             found[f"zero{stage}"] = tally.as_dict()
         return found
 
@@ -110,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         ("seed", 0, "of the instants and damages"),
     ):
         top.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{words} ({default})")
+    words = "after which no more kills begin (as many as it takes)"
+    top.add_argument("--minutes", type=float, default=math.inf, metavar="N", help=words)
     stages: Callable[[str], list[int]] = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     top.add_argument("--stages", type=stages, default=[1, 2, 3], metavar="1,2,3", help="of ZeRO")
     top.add_argument("--output", type=Path, metavar="FILE", help="a JSON file with everything")

@@ -6,6 +6,7 @@ life goes on from the newest checkpoint that the one before it published; no pro
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -74,21 +75,23 @@ class Soak:
         self._per_step = len(whole.batches()[0]) // len(self._curve)
         self._tokens = _by_step(whole, 0, self._per_step)
 
-    def survive(self, kills: Sequence[Kill], *arguments: str) -> Tally:
-        """Start, kill and start again until every kill was made; then let the run end."""
-        left = list(kills)
+    def survive(self, kills: Sequence[Kill], *arguments: str, seconds: float = math.inf) -> Tally:
+        """Start, kill and start again until every kill was made, or the time is over; then let it end."""
+        left, deadline = list(kills), time.monotonic() + seconds
         for number in range(2 * len(kills)):
-            if not left:
+            if not left or time.monotonic() > deadline:
                 break
-            left = self._one_run(self._directory / f"run{number}", left, arguments)
-        assert not left, f"{len(left)} kills found no run to hit; raise max_steps"
+            left = self._one_run(self._directory / f"run{number}", left, arguments, deadline)
+        assert not left or time.monotonic() > deadline, f"{len(left)} kills hit no run; raise max_steps"
         return self.tally
 
-    def _one_run(self, run: Path, kills: Sequence[Kill], arguments: Sequence[str]) -> list[Kill]:
+    def _one_run(
+        self, run: Path, kills: Sequence[Kill], arguments: Sequence[str], deadline: float
+    ) -> list[Kill]:
         """Kill a run until it is done; returns the kills that it did not need."""
         left, begins = list(kills), 0
         while not (run / "DONE").exists():
-            kill = left[0] if left else None
+            kill = left[0] if left and time.monotonic() < deadline else None
             commit = newest(run)
             last = ["checkpoint.every=1000000"] if kill is None else []
             life = self._live(run, *arguments, *last, launcher=kill is not None and kill.launcher)
