@@ -65,7 +65,8 @@ def test_a_killed_and_resumed_run_accounts_for_every_second(ranks, tiny, tmp_pat
     assert sum(replayed) >= 3 and spent["lost"] == pytest.approx(lost, rel=0.2, abs=0.4)
     assert spent["productive"] == pytest.approx(sum(seconds) - lost, rel=0.2, abs=0.8)
     assert spent["stall"] == pytest.approx(len(lines) * TIMES["data"], rel=0.4, abs=0.4)
-    assert spent["checkpoint"] == pytest.approx(sum(saves), rel=0.3, abs=0.5)
+    stood = sum(saves) + len(saves) * TIMES["save"]  # the ledger and the report beside it count too
+    assert stood - 0.1 <= spent["checkpoint"] <= stood + 2.0
     assert spent["idle"] == pytest.approx(again - killed, abs=2.5) and spent["idle"] >= IDLE - 0.5
     told = sum(sum(start["seconds"].values()) for start in starts)
     assert told <= spent["restart"] <= told + 2.0
