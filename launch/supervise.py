@@ -33,6 +33,7 @@ POLL_SECONDS = 0.2
 STRAGGLER_SECONDS = 5.0  # for a logger's helper to send its last lines
 SPARE_SECONDS = 10.0  # a rank ends itself when its grace is over; this much later we do
 PREEMPTED, REWIND = 85, 89  # of llmtrain.config.ExitCode
+ANEW, GO_ON = "resume=never", "resume=auto"
 MOST_REWINDS = 5  # in a row without a newer checkpoint
 TO_RANKS = {
     signal.SIGINT: signal.SIGINT,
@@ -73,7 +74,7 @@ class Told:
 
     @property
     def preempted(self) -> bool:
-        """Whether a rank left because somebody asked, before anything could be lost."""
+        """Whether a rank left because somebody asked, and nothing is lost."""
         return self.file.with_name(f"{self.file.name}.preempted").exists()
 
     @property
@@ -260,6 +261,8 @@ def supervise(command: list[str]) -> int:
                 say(f"{in_vain} rewinds in a row without a newer checkpoint: not starting again")
                 return code
             say("the run goes back before a spike: starting it again")
+            if ANEW in command and command[-1] != GO_ON:
+                command = [*command, GO_ON]  # with the run that it began
 
 
 def _follow(job: Job, received: list[signal.Signals]) -> int:
@@ -293,7 +296,7 @@ def _verdict(job: Job, received: list[signal.Signals], lost_ranks: bool) -> int:
     if asked and (not began or died_of(job.process.returncode) in asked):
         return PREEMPTED  # a rank dies of such a signal only before it has anything to save
     if job.told.preempted:
-        return PREEMPTED  # the others fail for it
+        return PREEMPTED  # others may fail for it, and the launcher may be gone
     if code == 0:
         say("the launcher ended with 0, but the run did not write DONE")
     return code or 1

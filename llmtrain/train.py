@@ -30,6 +30,8 @@ def train(config: TrainConfig) -> int:
         code = _train(config, world, stop)
         if world.local_rank == 0 and code == ExitCode.OK:
             tell_supervisor(config.output_dir, config.grace_seconds, done=True)
+        if code == ExitCode.PREEMPTED:
+            tell_nothing_is_lost()
     return code
 
 

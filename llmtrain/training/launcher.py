@@ -37,7 +37,7 @@ def launchers() -> tuple[int, ...]:
 
 
 def tell_nothing_is_lost() -> None:
-    """Tell launch/supervise.py that this rank leaves before the first step, whatever others make of that."""
+    """Tell launch/supervise.py that this rank leaves with 85, whatever others and launchers make of that."""
     if file := os.environ.get(SUPERVISOR):
         Path(f"{file}.preempted").touch()
 

@@ -149,12 +149,14 @@ def test_success_needs_the_marker_and_the_word_of_the_ranks(start, stand_in):
 )
 def test_a_run_that_rewinds_is_started_again(start, stand_in, rewinds, progress, code, starts):
     """While it gets on: `progress` of its first starts write a checkpoint."""
-    command = (sys.executable, SUPERVISE, sys.executable, "-m", "llmtrain.train")
+    command = (sys.executable, SUPERVISE, sys.executable, "-m", "llmtrain.train", "resume=never")
     job = start(*command, MODE="rewind", REWINDS=str(rewinds), PROGRESS=str(progress))
     _, errors = job.communicate(timeout=60)
     assert job.returncode == code, errors
     assert len((stand_in / "starts").read_text()) == starts
     assert ("not starting again" in errors) == (code == 89)
+    last = json.loads((stand_in / "started-alone").read_text())["argv"]
+    assert last == ["resume=never", *["resume=auto"] * (starts > 1)]  # nothing is begun anew
 
 
 def test_a_second_ctrl_c_kills_ranks_that_do_not_stop(start, stand_in):
