@@ -60,7 +60,8 @@ class Death:
 class Life:
     """Two ranks of the train door: forked from warm processes, or under launch/local.sh.
 
-    lines: of metrics.jsonl, before it began.
+    lines: of metrics.jsonl, before it began. save_seconds: kills aimed at a save come at most so long
+    after it has begun.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class Life:
         place: Path,
         launcher: bool,
         patch: dict[str, str] | None = None,
+        save_seconds: float = 0.05,
     ) -> None:
-        self.run, self.place = run, place
+        self.run, self.place, self._save_seconds = run, place, save_seconds
         place.mkdir(parents=True)
         self.lines = _count_lines(run / "metrics.jsonl")
         environment = {RECORD: str(place), MARK: str(place), **(patch or {})}
@@ -143,7 +145,7 @@ class Life:
         if when == "step":
             return self.until(lambda: False, rng.uniform(0, 1.5))
         time.sleep(rng.uniform(0, 0.5))
-        return self.until(self.saving) and self.until(lambda: False, rng.uniform(0, 0.05))
+        return self.until(self.saving) and self.until(lambda: False, rng.uniform(0, self._save_seconds))
 
     def until(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
         """Wait for the condition, or the seconds; False where the run ended by itself."""

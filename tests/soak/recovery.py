@@ -21,7 +21,7 @@ def recovery(
     run = directory / "recovered"
     words = [*arguments, f"output_dir={run}", "checkpoint.every=3"]
     server.run([*words, "max_steps=3"], RANKS, directory)
-    words = [*words, "max_steps=1000", "resume_changes=[max_steps]"]
+    words = [*words, "max_steps=1000"]
     found = [_relaunch(server, directory / f"relaunch{number}", words, run, rng) for number in range(count)]
     return {part: median(times[part] for times in found) for part in found[0]} | {"relaunches": found}
 

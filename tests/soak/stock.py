@@ -65,6 +65,7 @@ def unresumable(
             directory / f"life{number}",
             launcher=False,
             patch={PATCH: f"{__name__}:patch"},
+            save_seconds=0.3,
         )
         death = life.kill(Kill("all", "save", launcher=False), rng)
         if death is not None:
