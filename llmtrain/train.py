@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llmtrain.config import ExitCode
 from llmtrain.config.hydra import hydra_door
 from llmtrain.importing import signals_end_it
 from llmtrain.training import train_config
-from llmtrain.training.launcher import launchers, tell_nothing_is_lost, tell_supervisor
+from llmtrain.training.launcher import (
+    launchers,
+    tell_nothing_is_lost,
+    tell_nothing_is_lost_yet,
+    tell_supervisor,
+)
 
 if TYPE_CHECKING:
     from llmtrain.distributed import World
@@ -23,7 +29,8 @@ def train(config: TrainConfig) -> int:
     from llmtrain.training.signals import StopRequest
 
     world = distributed.World.from_environment()
-    stop = StopRequest(config.grace_seconds, config.time_limit, tell_nothing_is_lost)
+    leaving = partial(tell_nothing_is_lost_yet, world.local_world_size)
+    stop = StopRequest(config.grace_seconds, config.time_limit, leaving)
     with stop.listening(launchers()):
         if world.local_rank == 0:
             tell_supervisor(config.output_dir, config.grace_seconds)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +42,37 @@ def tell_nothing_is_lost() -> None:
     """Tell launch/supervise.py that this rank leaves with 85, whatever others and launchers make of that."""
     if file := os.environ.get(SUPERVISOR):
         Path(f"{file}.preempted").touch()
+
+
+def tell_nothing_is_lost_yet(local_ranks: int) -> None:
+    """The same before the first step, unless one of the `local_ranks` here ended before.
+
+    When a rank fails, its launcher asks the others to stop: they leave as after any SIGTERM, and only what
+    the one failed of is true of the job.
+    """
+    with suppress(psutil.AccessDenied):
+        if _living_beside_this_one() < local_ranks:
+            return
+    tell_nothing_is_lost()
+
+
+def _living_beside_this_one() -> float:
+    """Processes of the launcher that started this one, itself included; no end of them without one."""
+    try:
+        parent = psutil.Process(os.getppid())
+        if not is_launcher(parent.cmdline()):
+            return math.inf
+        ranks = parent.children()
+    except psutil.NoSuchProcess:
+        return math.inf
+    return sum(_lives(rank) for rank in ranks)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def is_launcher(command: list[str]) -> bool:

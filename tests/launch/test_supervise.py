@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 
 import psutil
 import pytest
 
+from llmtrain.training.launcher import SUPERVISOR
 from tests.launch.conftest import LAUNCH, stand_ins, wait_for
 
 SUPERVISE = LAUNCH / "supervise.py"
@@ -130,6 +133,31 @@ def test_one_rank_that_leaves_before_the_first_step_loses_nothing(start, stand_i
     job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN.replace("exit $code", "exit 1"), MODE="leave")
     job.communicate(timeout=60)
     assert job.returncode == 85
+
+
+LAUNCHER = """
+import subprocess, sys
+others = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)]
+if sys.argv[1] == "failed":
+    others[0].kill()
+    others[0].wait()
+tell = "from llmtrain.training.launcher import tell_nothing_is_lost_yet as tell; tell(3)"
+subprocess.run([sys.executable, "-c", tell], check=True)
+for other in others:
+    other.kill()
+"""
+
+
+@pytest.mark.parametrize(("others", "told"), [("alive", True), ("failed", False)])
+def test_a_rank_that_leaves_because_another_one_failed_does_not_say_that_nothing_is_lost(
+    tmp_path, others, told
+):
+    """Its launcher asked it: a job of which a rank dies before the first step would be queued for ever."""
+    launcher = tmp_path / "torchrun"
+    launcher.write_text(LAUNCHER)
+    environment = os.environ | {SUPERVISOR: str(tmp_path / "told"), "PYTHONPATH": str(LAUNCH.parent)}
+    subprocess.run([sys.executable, launcher, others], env=environment, check=True)
+    assert (tmp_path / "told.preempted").exists() == told
 
 
 def test_success_needs_the_marker_and_the_word_of_the_ranks(start, stand_in):
