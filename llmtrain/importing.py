@@ -14,7 +14,19 @@ SAID = {
     signal.SIGTERM: b"error: stopped by SIGTERM\n",
     signal.SIGUSR1: b"error: stopped by SIGUSR1\n",
 }
-UNTOUCHED = (signal.SIG_DFL, signal.default_int_handler)
+
+
+class _Leave:
+    """Ends the process in a signal's handler."""
+
+    def __init__(self, preempted: int | None) -> None:
+        self._preempted = preempted
+
+    def __call__(self, number: int, _: object) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, SAID[signal.Signals(number)])
+        code = None if number == signal.SIGINT else self._preempted
+        os._exit(128 + number if code is None else code)
 
 
 @contextmanager
@@ -22,16 +34,16 @@ def signals_end_it(preempted: int | None = None) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGUSR1 end the process at once, with one line and what the shell calls the signal.
 
     There is nothing to unwind, and libraries turn an exception amid their imports into others. `preempted` is
-    the exit code instead, except after Ctrl-C. A signal that somebody else takes, before or meanwhile, stays
-    theirs.
+    the exit code instead, except after Ctrl-C; inside of another such block that one's codes hold. A signal
+    that somebody else takes meanwhile stays theirs.
     """
-
-    def leave(number: int, _: object) -> NoReturn:
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, SAID[signal.Signals(number)])
-        os._exit(128 + number if preempted is None or number == signal.SIGINT else preempted)
-
-    before = {number: handler for number in SAID if (handler := signal.getsignal(number)) in UNTOUCHED}
+    leave = _Leave(preempted)
+    handlers = {number: signal.getsignal(number) for number in SAID}
+    before = {
+        number: handler
+        for number, handler in handlers.items()
+        if handler != signal.SIG_IGN and not isinstance(handler, _Leave)
+    }
     for number in before:
         signal.signal(number, leave)
     try:
