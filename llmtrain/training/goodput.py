@@ -98,8 +98,9 @@ def account_before(
     accounts = []
     trained = max((line["step"] for line in lines), default=0)
     told = seconds_of(lines)
-    if told and events:
-        began = datetime.fromisoformat(events[0]["time"]).timestamp() - sum(events[0]["seconds"].values())
+    start = next((event for event in events if event["event"] in ("start", "resume")), None)
+    if told and start:  # a hang, or a checkpoint that was passed over, may have been told before it
+        began = datetime.fromisoformat(start["time"]).timestamp() - sum(start["seconds"].values())
         accounts.append(Account(told, trained, began + sum(told.values())))
     if spent := heartbeat.get("goodput"):
         accounts.append(Account(spent, max(trained, heartbeat["trained"]), heartbeat["time"]))

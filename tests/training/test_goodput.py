@@ -108,6 +108,9 @@ def test_the_newer_of_line_and_heartbeat_counts():
     began = 1767225600.0 + 10 - 4
     found = account_before([line], [started], {})
     assert found == Account(dict.fromkeys(PARTS, 2.0), 9, began + 14)
+    earlier = {"time": "2026-01-01T00:00:09.000+00:00", "event": "rejected"}
+    assert account_before([line], [earlier, started], {}) == found
+    assert account_before([line], [earlier], {}) is None
     older = {"goodput": dict.fromkeys(PARTS, 1.0), "trained": 4, "time": 5.0}
     assert account_before([line], [started], older) == found
     newer = {"goodput": dict.fromkeys(PARTS, 3.0), "trained": 12, "time": 5.0}
