@@ -22,6 +22,9 @@ _WORD = (
 # word that makes it one.
 SECRET_NAME = re.compile(rf"(?:^|[_.-]){_WORD}$|^key$", re.IGNORECASE)
 
+SECRET_VARIABLE = re.compile(rf"{SECRET_NAME.pattern}|passw(?:or)?d$|_(?:key|pass|pat|pwd)$", re.IGNORECASE)
+"""Of a variable of the environment, KAGGLE_KEY and PGPASSWORD too: its value is left out of texts."""
+
 SECRET_SHAPE = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"(?:hf|api_org)_\w{20,}|wandb_v1_\w{20,}"
@@ -118,7 +121,7 @@ def _clean(text: str, ours: Sequence[str]) -> str:
 
 def _of_environment() -> list[str]:
     """Values that the environment keeps under the name of a secret, the longest first."""
-    found = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
+    found = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name)}
     return sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True)
 
 

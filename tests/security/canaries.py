@@ -50,6 +50,8 @@ ENVIRONMENT = {
     "HF_TOKEN": "CANARY-of-the-hub",
     "AWS_SECRET_ACCESS_KEY": "CANARY/K7MDENG+bPxRfiCYEXAMPLEKEY",
     "MY_DATABASE_PASSWORD": "CANARY-horse-battery",
+    "PGPASSWORD": "CANARY-of-postgres",
+    "KAGGLE_KEY": "CANARY0123456789abcdef0123456789",
 }
 """Keys without a shape of their own: known by the name under which the environment has them."""
 
