@@ -159,8 +159,10 @@ def check_permissions(allowed: Sequence[str]) -> None:
     known = [key for key, (rule, _) in TABLE.items() if rule == "flag"]
     for name in allowed:
         rule, reason = rule_of(name)
-        if rule != "flag":
-            raise ValueError(f"{name} needs no permission: it is {rule} ({reason})")
+        if rule == "safe":
+            raise ValueError(f"{name} needs no permission: it is safe ({reason})")
+        if rule == "refused":
+            raise ValueError(f"{name} cannot be allowed: it is refused ({reason})")
         if not any(name == key or name.startswith(f"{key}.") for key in known):
             raise ValueError(f"{name}: no such key; there are {', '.join(known)}{did_you_mean(name, known)}")
 

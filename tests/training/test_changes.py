@@ -128,7 +128,11 @@ def test_a_permission_is_a_key_or_what_it_begins_with(tiny, allowed, passes):
 
 
 def test_what_is_refused_cannot_be_allowed():
-    for name, words in [("seed", "is refused"), ("max_steps", "is safe"), ("optimiser", "mean optimizer")]:
+    for name, words in [
+        ("seed", "cannot be allowed: it is refused"),
+        ("max_steps", "needs no permission: it is safe"),
+        ("optimiser", "mean optimizer"),
+    ]:
         with pytest.raises(ValueError, match=words):
             check_permissions([name])
     check_permissions(["optimizer.lr", "scheduler", "z_loss"])
