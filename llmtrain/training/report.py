@@ -44,7 +44,9 @@ BASELINES = {
 MARKS = {"resume": "resumed", "spike": "spike", "rewind": "rewound"}
 """Events that the loss curve shows, and as what."""
 
-WARNINGS = ("warning", "skip", "spike", "rewind", "signal", "hang")
+WARNINGS = (
+    "warning", "skip", "spike", "rewind", "signal", "hang", "corruption", "rejected", "save_failed"
+)  # fmt: skip
 TOLD_ELSEWHERE = ("time", "event", "step", "rows")
 """Of an event: in columns and sections of their own."""
 

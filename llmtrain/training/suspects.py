@@ -95,6 +95,8 @@ def rewind(run: Run, step: int, verdict: Verdict) -> NoReturn:
     """
     config = run.config.spikes
     if len(run.rewinds) >= config.max_rewinds:
+        if run.world.is_main:
+            report(run)
         raise UserError(
             f"step {step} is a spike after {len(run.rewinds)} rewinds, and spikes.max_rewinds="
             f"{config.max_rewinds}: lower optimizer.lr (and resume_changes=[optimizer.lr]), look at the "

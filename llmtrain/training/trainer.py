@@ -228,6 +228,8 @@ def _follow(run: Run, step: int, verdict: Verdict) -> None:
     """End the run where a step calls for it: left out once too often, or to be rewound."""
     if run.skipped >= run.config.spikes.max_skipped:
         saved = save(run, wait=True)
+        if run.world.is_main:
+            report(run)
         raise UserError(
             f"{run.skipped} steps in a row were left out, not finite or spikes, the last one step {step}; "
             f"{'its' if saved else 'the last'} checkpoint holds the weights from before them: "

@@ -507,6 +507,15 @@ def test_damage_is_named_and_the_old_page_stays(run: RunDirectory) -> None:
     assert not list(run.path.glob(".report*"))
 
 
+def test_what_went_wrong_stands_out_among_events(run: RunDirectory) -> None:
+    wrong = ("hang", "corruption", "rejected", "save_failed", "skip")
+    for kind in (*wrong, "save"):
+        run.append_event(kind, step=1)
+    page = write_report(run.path).read_text()
+    assert all(f'<span class="chip warn">{kind}</span>' in page for kind in wrong)
+    assert '<span class="chip warn">save</span>' not in page
+
+
 def test_many_events_and_samples_are_cut_to_what_one_reads(run: RunDirectory) -> None:
     for step in range(300):
         run.append_event("save", step=step, note=f"number {step}.")

@@ -331,6 +331,8 @@ def test_steps_that_are_not_finite_end_the_run_with_87(ranks, tiny, tmp_path):
             assert ours == theirs
     assert [step for step, _ in checkpoints(run / "checkpoints")] == [3, 5]
     assert "2 steps in a row were left out" in job.output()
+    page = (run / "report.html").read_text()
+    assert page.count('<span class="chip warn">not finite, left out</span>') == 2
 
 
 def trained(run: Path) -> dict[int, tuple]:
@@ -396,4 +398,5 @@ def test_a_spike_after_the_last_rewind_ends_the_run_with_87(ranks, noisy, tmp_pa
     job = ranks.start([*noisy, "spikes.action=rewind", "spikes.max_rewinds=0"], 1, tmp_path)
     assert job.wait() == [87], job.output()
     assert "spikes.max_rewinds=0" in job.output() and not (tmp_path / "run" / "rewinds.json").exists()
+    assert f"{tmp_path}/noise.txt byte" in (tmp_path / "run" / "report.html").read_text()
     assert [step for step, _ in checkpoints(tmp_path / "run" / "checkpoints")] == [6, 12, 18]
