@@ -54,10 +54,10 @@ def save(run: Run, *, wait: bool = False) -> bool:
         "spikes": run.spikes.state(),
         "rewinds": len(run.rewinds),
     }
-    began = time.perf_counter()
     run.saver.save(run.engine.state(), record, wait=wait or run.finished or run.stop.agreed)
-    if run.saver.holds(run.step):
-        run.stop.save_took(time.perf_counter() - began)
+    run.stop.saved |= run.saver.holds(run.step)
+    if run.saver.seconds is not None:
+        run.stop.save_took(run.saver.seconds)
     if run.world.is_main:
         with disk_may_refuse():
             write_ledger(run)

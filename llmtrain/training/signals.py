@@ -147,8 +147,7 @@ class StopRequest:
         self._slowest_step = seconds if self._steps <= 2 else max(self._slowest_step, seconds)
 
     def save_took(self, seconds: float) -> None:
-        """The last step is in a checkpoint; writing it took so long."""
-        self.saved = True
+        """Writing a checkpoint took so long."""
         self._save_seconds = seconds
 
     def seconds_to_finish(self) -> float:

@@ -95,6 +95,9 @@ class Saver:
         """With the bytes it needs, and those that were free."""
         self.failures: list[Failed] = []
         """Those since the last save that succeeded."""
+        self.seconds: float | None = None
+        """What the last save that succeeded took, in the background or not; the same on every rank."""
+        self._took = 0.0
 
     def save(self, state: EngineState, record: Mapping[str, Any], *, wait: bool = False) -> None:
         """Save the state after step `record["step"]`; a checkpoint of that step that stands is enough.
@@ -122,7 +125,7 @@ class Saver:
         stall = time.perf_counter() - began
 
         def published(path: Path, size: int) -> None:
-            seconds = time.perf_counter() - began
+            self._took = seconds = time.perf_counter() - began
             self._on_saved(Saved(step, path, size, seconds, stall if background else seconds))
             self._retire(step)
 
@@ -152,8 +155,10 @@ class Saver:
         attempt.wait_written(self._tick)
         distributed.barrier()  # a rank that died is told here, and no file of it is waited for
         attempt.wait(self._tick)
-        errors = distributed.gather_objects(attempt.error)
+        parts = distributed.gather_objects((attempt.error, self._took))
+        errors = [error for error, _ in parts]
         if errors[0] is None:  # rank 0 has published it
+            self.seconds = parts[0][1]
             self._verified.add(attempt.step)
             self.failures.clear()
             return True

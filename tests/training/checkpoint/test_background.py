@@ -12,6 +12,8 @@ import pytest
 
 from llmtrain.training.checkpoint.manifest import verify
 from llmtrain.training.checkpoint.reading import rank_file
+from tests.ranks import PATCH
+from tests.training.pauses import PLACE
 
 
 def saves(run: Path) -> list[dict]:
@@ -41,6 +43,17 @@ def test_the_same_checkpoints_as_at_once(ranks, tiny, tmp_path):
         verify(one)
         for rank in range(2):
             assert (one / rank_file(rank)).read_bytes() == (other / rank_file(rank)).read_bytes()
+
+
+def test_every_rank_hears_what_a_save_takes(ranks, tiny, tmp_path):
+    """Those in the background, too: a time limit has to leave room for the last one."""
+    hook = {PATCH: "tests.training.pauses:time_of_saves", PLACE: str(tmp_path)}
+    arguments = ["max_steps=7", "checkpoint.every=3", "checkpoint.asynchronous=true"]
+    job = ranks.start([*tiny, *arguments], 2, tmp_path, hook)
+    assert job.wait() == [0, 0], job.output()
+    took = [float(seconds) for seconds in (tmp_path / "took-0").read_text().split()]
+    assert took == [save["seconds"] for save in (saves(tmp_path / "run")[at] for at in (0, 2))]
+    assert (tmp_path / "took-1").read_text() == (tmp_path / "took-0").read_text()
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

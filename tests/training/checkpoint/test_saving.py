@@ -118,7 +118,7 @@ def test_a_rank_that_was_killed_is_not_waited_for(tmp_path):
     one.peers = [here, killed]
     one.start()
     child.kill()  # and nobody has asked for its exit code yet
-    one.wait()
+    one.wait(lambda: None)
     assert "rank 1 ended" in str(one.error)
     assert names(tmp_path) == []
     child.wait()
