@@ -146,8 +146,10 @@ def _read_owner(file: Path) -> dict[str, Any]:
 
 
 def _touch(handle: int, released: threading.Event) -> None:
+    """What a file system refuses for a moment is tried again: a silent owner's lock is taken over."""
     while not released.wait(TOUCH_SECONDS):
-        os.utime(handle)
+        with contextlib.suppress(OSError):
+            os.utime(handle)
 
 
 def _is_touched(file: Path, owner: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -237,6 +238,27 @@ def test_a_lock_of_another_machine_holds_where_their_file_system_keeps_locks_apa
         time.sleep(0.05)
     run.unlock()
     assert lock.read_text() == "", "an orderly end leaves nothing to wait for"
+
+
+def test_an_owner_whose_touch_is_refused_touches_again(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another machine would take the directory of a living run over after a hiccup of the disk."""
+    monkeypatch.setattr("llmtrain.training.run_lock.TOUCH_SECONDS", 0.01)
+    touches: list[int] = []
+
+    def refuse_first(handle: int) -> None:
+        touches.append(handle)
+        if len(touches) == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "utime", refuse_first)
+    run.lock()
+    deadline = time.monotonic() + 10
+    while len(touches) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.unlock()
+    assert len(touches) >= 2
 
 
 def test_a_child_process_does_not_inherit_the_lock(run: RunDirectory) -> None:

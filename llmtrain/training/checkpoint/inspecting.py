@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ class Row:
 
 
 def inspect(directory: Path, *, content: bool) -> Iterator[Row]:
-    """A row a checkpoint, oldest first: names and sizes compared, with `content` every byte."""
+    """A row a checkpoint, oldest first: names and sizes compared, with `content` every byte.
+
+    One that the run removes meanwhile, because there are newer ones, is left out.
+    """
     for step, path in checkpoints(directory):
         record, damage = {}, ""
         try:
@@ -47,15 +51,27 @@ def inspect(directory: Path, *, content: bool) -> Iterator[Row]:
             raise_first(damages(path, Manifest.read(path).files, content=content))
         except DamagedError as error:
             damage = f"{error.file}: {error.reason}"
+        size = _size(path)
+        if size is None:
+            continue
         yield Row(
             step=step,
             path=str(path),
-            bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            bytes=size,
             ranks=record.get("world_size"),
             stage=record.get("stage"),
             precision=record.get("precision"),
             damage=damage,
         )
+
+
+def _size(checkpoint: Path) -> int | None:
+    """Bytes of all its files; None where it is gone by now."""
+    with suppress(FileNotFoundError):
+        size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+        checkpoint.stat()
+        return size
+    return None
 
 
 def leftovers(directory: Path) -> list[Path]:

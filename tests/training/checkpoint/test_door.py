@@ -10,6 +10,8 @@ import yaml
 
 from llmtrain.checkpoints import main
 from llmtrain.config.hydra import compose
+from llmtrain.training.checkpoint import damages, inspecting
+from llmtrain.training.checkpoint.directory import remove
 from llmtrain.training.checkpoint.reading import rank_file
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.run_directory import RunDirectory
@@ -53,6 +55,17 @@ def test_list_and_verify(run, capsys):
     assert [bool(row["damage"]) for row in lines(capsys)] == [False, True, False, True, False]
     assert main(["verify", str(run)]) == 1
     assert "rank_00000.safetensors: its SHA-256 is not that of the manifest" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_damaged(run, capsys, monkeypatch):
+    def slowly(path: Path, *arguments: object, **options: bool) -> list:
+        if path.name == "step_00000002":
+            remove(path)
+        return damages(path, *arguments, **options)
+
+    monkeypatch.setattr(inspecting, "damages", slowly)
+    assert main(["verify", str(run), "--json"]) == 0
+    assert [(row["step"], row["damage"]) for row in lines(capsys)] == [(step, "") for step in (1, 3, 4, 5)]
 
 
 def test_prune_keeps_what_the_config_says_and_never_fewer_than_two(run, capsys):
