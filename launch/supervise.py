@@ -33,6 +33,7 @@ POLL_SECONDS = 0.2
 STRAGGLER_SECONDS = 5.0  # for a logger's helper to send its last lines
 SPARE_SECONDS = 10.0  # a rank ends itself when its grace is over; this much later we do
 PREEMPTED, REWIND = 85, 89  # of llmtrain.config.ExitCode
+FAILURES = 73, 78, 86, 87, 88, REWIND, 130  # torchrun makes 1 of them
 ANEW, GO_ON = "resume=never", "resume=auto"
 MOST_REWINDS = 5  # in a row without a newer checkpoint
 TO_RANKS = {
@@ -76,6 +77,11 @@ class Told:
     def preempted(self) -> bool:
         """Whether a rank left because somebody asked, and nothing is lost."""
         return self.file.with_name(f"{self.file.name}.preempted").exists()
+
+    def code(self, launchers: int) -> int:
+        """The exit code of a rank that said it, where a launcher says no more than that one failed."""
+        said = [code for code in FAILURES if self.file.with_name(f"{self.file.name}.{code}").exists()]
+        return said[0] if launchers == 1 and said else launchers
 
     @property
     def newest(self) -> str:
@@ -159,9 +165,10 @@ class Job:
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """Whether its command line is `python [-u] -m llmtrain.train ...`."""
+    """Whether its command line is `python [-u] -m llmtrain.train ...`, and not `python torchrun -m ...`."""
     try:
-        return RANK in process.cmdline()[2:4]
+        command = process.cmdline()
+        return RANK in command[2:4] and command[1].startswith("-")
     except psutil.Error:
         return False
 
@@ -255,7 +262,7 @@ def supervise(command: list[str]) -> int:
             if code != REWIND:
                 return code
             if received:
-                return PREEMPTED
+                return PREEMPTED if REQUEUES.intersection(received) else shell_code(-received[0])
             newest, in_vain = max(newest, told.newest), 0 if told.newest > newest else in_vain + 1
             if in_vain > MOST_REWINDS:
                 say(f"{in_vain} rewinds in a row without a newer checkpoint: not starting again")
@@ -299,7 +306,7 @@ def _verdict(job: Job, received: list[signal.Signals], lost_ranks: bool) -> int:
         return PREEMPTED  # others may fail for it, and the launcher may be gone
     if code == 0:
         say("the launcher ended with 0, but the run did not write DONE")
-    return code or 1
+    return job.told.code(code or 1)
 
 
 def main() -> int:

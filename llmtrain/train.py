@@ -12,6 +12,7 @@ from llmtrain.importing import signals_end_it
 from llmtrain.training import train_config
 from llmtrain.training.launcher import (
     launchers,
+    tell_code,
     tell_nothing_is_lost,
     tell_nothing_is_lost_yet,
     tell_supervisor,
@@ -84,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain train`, `python -m llmtrain.train` and `deepspeed --module llmtrain.train`."""
     launchers()
     with signals_end_it(ExitCode.PREEMPTED):
-        return hydra_door(train_config, train, __doc__, argv)
+        code = hydra_door(train_config, train, __doc__, argv)
+    tell_code(code)
+    return code
 
 
 if __name__ == "__main__":

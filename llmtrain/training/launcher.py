@@ -40,8 +40,20 @@ def launchers() -> tuple[int, ...]:
 
 def tell_nothing_is_lost() -> None:
     """Tell launch/supervise.py that this rank leaves with 85, whatever others and launchers make of that."""
+    _mark("preempted")
+
+
+def tell_code(code: int) -> None:
+    """Tell launch/supervise.py with what this rank ends: torchrun makes 1 of every failure."""
+    if code > 1:
+        _mark(str(code))
+
+
+def _mark(word: str) -> None:
+    """Leave a word for the script; where there is no place for it any more, the rank ends all the same."""
     if file := os.environ.get(SUPERVISOR):
-        Path(f"{file}.preempted").touch()
+        with suppress(OSError):
+            Path(f"{file}.{word}").touch()
 
 
 def tell_nothing_is_lost_yet(local_ranks: int) -> None:

@@ -34,6 +34,7 @@ from llmtrain.distributed import World
 from llmtrain.training.goodput import Account, account_before
 from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.heartbeat import Heart
+from llmtrain.training.launcher import tell_code
 from llmtrain.training.run_directory import RunDirectory, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -201,6 +202,7 @@ class Watchdog:
             self._speak()
             self._put(marker, {"job": self._job, "rank": self._world.rank, "said": True})
         self._await(2 * patience, lambda: "said" in (self._marker() or {}))
+        tell_code(ExitCode.HANG)
         os._exit(ExitCode.HANG)
 
     def _is_led(self) -> bool:

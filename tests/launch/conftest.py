@@ -44,7 +44,7 @@ def stop(number, frame):
     note("signals", received)
     if mode == "orderly":
         time.sleep(0.3)
-        os._exit(85)
+        os._exit(int(os.environ.get("STOPPED", "85")))
 
 if mode != "early":
     tell(done=False)

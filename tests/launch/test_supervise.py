@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -158,6 +159,31 @@ def test_a_rank_that_leaves_because_another_one_failed_does_not_say_that_nothing
     environment = os.environ | {SUPERVISOR: str(tmp_path / "told"), "PYTHONPATH": str(LAUNCH.parent)}
     subprocess.run([sys.executable, launcher, others], env=environment, check=True)
     assert (tmp_path / "told.preempted").exists() == told
+
+
+def test_what_a_rank_says_stands_where_its_launcher_says_1(start):
+    """As torchrun does, whatever its ranks return."""
+    launcher = "python -u -m llmtrain.train seq_lenn=3 || exit 1"
+    job = start(sys.executable, SUPERVISE, "bash", "-c", launcher, PYTHONPATH=str(LAUNCH.parent))
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 78, errors
+
+
+def test_torchrun_is_no_rank_of_its_own():
+    def is_rank(*command: str) -> bool:
+        return module().is_rank(SimpleNamespace(cmdline=lambda: ["python", *command]))
+
+    assert is_rank("-u", "-m", "llmtrain.train") and is_rank("-m", "llmtrain.train", "seed=1")
+    assert not is_rank("/bin/torchrun", "-m", "llmtrain.train")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
+def test_a_run_that_is_stopped_as_it_rewinds_is_not_started_again(start, stand_in, number, code):
+    job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="orderly", STOPPED="89")
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    job.send_signal(number)
+    job.communicate(timeout=60)
+    assert job.returncode == code
 
 
 def test_success_needs_the_marker_and_the_word_of_the_ranks(start, stand_in):
