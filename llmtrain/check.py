@@ -23,6 +23,7 @@ def check(config: TrainConfig) -> None:
         check_disk,
         check_epochs,
         check_memory,
+        check_rewinds,
         check_samples,
         open_tokenizer,
         plan_text,
@@ -42,6 +43,7 @@ def check(config: TrainConfig) -> None:
     report.look("memory", lambda: [check_memory(config, world, model)])
     report.end_group()
     report.look("disk", lambda: [check_disk(config, model)])
+    report.look("rewind", lambda: check_rewinds(config))
     report.end_group()
     plan = plan_text(config, tokenizer)
     report.look("text", lambda: check_epochs(plan))

@@ -155,3 +155,41 @@ def test_the_disk_is_held_against_the_schedule(tiny, monkeypatch):
         disk("checkpoint.keep=4")
     assert disk("checkpoint.keep=3", "checkpoint.keep_every=1000").warns
     assert not disk("checkpoint.keep=2", "checkpoint.keep_every=1000").warns
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keep"),
+    [
+        ([], None),  # 100 steps back, of checkpoints of which two stay, 100 steps apart
+        (["spikes.rewind_steps=101"], None),
+        (["spikes.rewind_steps=102"], 3),
+        (["checkpoint.every=20"], 6),
+        (["checkpoint.every=20", "checkpoint.keep=6"], None),
+        (["checkpoint.every=20", "checkpoint.keep_every=100"], None),
+        (["checkpoint.every=20", "spikes.action=log"], None),
+    ],
+)
+def test_checkpoints_that_no_rewind_can_reach_are_warned_of(tiny, overrides, keep):
+    from llmtrain.config.hydra import compose
+    from llmtrain.training.config import TrainConfig
+
+    config = compose(TrainConfig, [*tiny, "spikes.action=rewind", *overrides])
+    notes = list(preflight.check_rewinds(config))
+    assert [note.text.rpartition("checkpoint.keep=")[2] for note in notes] == ([str(keep)] if keep else [])
+
+
+def test_a_run_and_a_check_warn_of_rewinds_alike(tiny, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(trial, "_train", lambda *_: None)
+    monkeypatch.setattr(trial, "_export", lambda *_: None)
+    words = [*tiny, "spikes.action=rewind", "checkpoint.every=20"]
+    assert door.main(words) == 0
+    (warned,) = [
+        text for state, what, text in lines(capsys.readouterr().out) if (state, what) == ("warning", "rewind")
+    ]
+    from llmtrain.config.hydra import compose
+    from llmtrain.distributed import World
+    from llmtrain.training.config import TrainConfig
+
+    config = compose(TrainConfig, words)
+    preflight.preflight(config, World(), preflight.open_tokenizer(config))
+    assert warned in caplog.messages

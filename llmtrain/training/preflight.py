@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -142,6 +143,19 @@ def check_disk(config: TrainConfig, model: Model) -> Note:
     return Note(f"checkpoint.keep_every: {text}" if kept * size > free else text, kept * size > free)
 
 
+def check_rewinds(config: TrainConfig) -> Iterator[Note]:
+    """A warning where the checkpoints that stay are all nearer to a spike than a rewind is to go back."""
+    spikes, kept = config.spikes, config.checkpoint
+    reach = (kept.keep - 1) * kept.every + 1  # of a spike in the step after a save
+    if spikes.action == "rewind" and reach < spikes.rewind_steps and kept.keep_every is None:
+        keep = 1 + math.ceil((spikes.rewind_steps - 1) / kept.every)
+        yield Note(
+            f"spikes.rewind_steps={spikes.rewind_steps}: checkpoint.keep={kept.keep} with checkpoint.every="
+            f"{kept.every} may reach {reach} steps back only; set checkpoint.keep={keep}",
+            warns=True,
+        )
+
+
 # The text
 
 
@@ -182,7 +196,7 @@ def preflight(config: TrainConfig, world: World, tokenizer: Tokenizer) -> None:
     The text of a run that goes on was looked at when it began. Text that cannot be read ends a run where all
     ranks come to it, not here on rank 0.
     """
-    notes = [check_memory(config, world, Model.of(config, tokenizer.vocab_size))]
+    notes = [check_memory(config, world, Model.of(config, tokenizer.vocab_size)), *check_rewinds(config)]
     if world.is_main and find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints) is None:
         try:
             notes += check_samples(config, tokenizer)
