@@ -3,6 +3,7 @@
 #
 #   bash launch/test.sh
 #   bash launch/test.sh tests/data -x
+#   bash launch/test.sh -m slow        the long ones, which are left out otherwise
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launch/setup.sh"
