@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 import psutil
 
+SUPERVISOR = "LLMTRAIN_SUPERVISOR"  # the variable by which the job's processes know where to tell of it
 RANK = "llmtrain.train"  # the module that a rank runs
 POLL_SECONDS = 0.2
 STRAGGLER_SECONDS = 5.0  # for a logger's helper to send its last lines
@@ -106,11 +107,12 @@ class Job:
         """`started`: when the first of the jobs that run this command one after another was."""
         told.forget()
         self.told = told
+        self.began = time.time() - 2.0  # clocks of processes are coarse
         self.process = subprocess.Popen(
             command,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "LLMTRAIN_SUPERVISOR": str(told.file), "LLMTRAIN_STARTED": repr(started)},
+            env={**os.environ, SUPERVISOR: str(told.file), "LLMTRAIN_STARTED": repr(started)},
         )
         self.had_ranks = False
 
@@ -123,12 +125,18 @@ class Job:
         return bool(self.members())
 
     def members(self) -> list[psutil.Process]:
-        """The session's living processes, launchers included."""
+        """Its living processes, launchers included."""
         return [process for process in psutil.process_iter() if self._holds(process)]
 
     def _holds(self, process: psutil.Process) -> bool:
+        """Those of the session; torchrun gives each rank one of its own, but it inherits the environment."""
         try:
-            return os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            if os.getsid(process.pid) == self.process.pid:
+                return True
+            is_new = process.create_time() >= self.began
+            return is_new and process.environ().get(SUPERVISOR) == str(self.told.file)
         except (psutil.Error, OSError):
             return False  # it ended while we looked
 

@@ -186,6 +186,23 @@ def test_a_run_that_is_stopped_as_it_rewinds_is_not_started_again(start, stand_i
     assert job.returncode == code
 
 
+@pytest.mark.parametrize("ends", ["signal", "launcher"])
+def test_ranks_in_sessions_of_their_own_are_the_jobs(start, stand_in, ends):
+    """So torchrun starts them: they are told, waited for, and outlive it no longer than they need."""
+    job = start(
+        sys.executable, SUPERVISE, "bash", "-c", PLAIN.replace("python", "setsid python"), MODE="orderly"
+    )
+    wait_for(stand_in / "started-0", stand_in / "started-1")
+    if ends == "signal":
+        job.send_signal(signal.SIGTERM)
+    else:
+        psutil.Process(notes(stand_in, "started")[0]["pid"]).parent().kill()
+    job.communicate(timeout=60)
+    assert job.returncode == (85 if ends == "signal" else 137)
+    assert notes(stand_in, "signals") == [[signal.SIGTERM]] * 2
+    assert stand_ins(stand_in) == []
+
+
 def test_success_needs_the_marker_and_the_word_of_the_ranks(start, stand_in):
     (stand_in / "run").mkdir()
     (stand_in / "run" / "DONE").touch()  # of an earlier start
