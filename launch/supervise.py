@@ -236,7 +236,8 @@ def guarded(job: Job) -> Iterator[None]:
         _guard(job, reading)
     os.close(reading)
     yield  # `writing` is open here alone, for as long as we live
-    os.write(writing, b".")
+    with contextlib.suppress(BrokenPipeError):  # somebody ended the guard
+        os.write(writing, b".")
     os.close(writing)
     os.waitpid(guard, 0)
 

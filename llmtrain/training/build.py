@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmtrain import distributed
-from llmtrain.config import ExitCode, UserError
+from llmtrain.config import UserError
 from llmtrain.config.secrets import redact
 from llmtrain.data.config import DataConfig
 from llmtrain.data.dataset import PackedDataset
@@ -182,16 +182,21 @@ def tokenizer_of(config: TrainConfig) -> TokenizerConfig | Tokenizer:
 def open_run(config: TrainConfig, world: World) -> RunDirectory:
     """This run's directory, locked by rank 0; collective: a lock of another job ends every rank, with 73.
 
-    Nothing in it changes before the run begins.
+    Nothing in it changes before the run begins. UserError, too, where the file system refuses.
     """
     directory, refusal = RunDirectory(config.output_dir), None
     if world.is_main:
         try:
             directory.lock()
         except UserError as error:
-            refusal = error.lines
+            refusal = error
+        except OSError as error:
+            refusal = UserError(
+                f"output_dir={config.output_dir}: cannot be locked: {error}; free the disk, or choose a "
+                "directory on a file system that has locks (flock)"
+            )
     if refusal := distributed.broadcast_object(refusal):
-        raise UserError(*refusal, exit_code=ExitCode.LOCKED)
+        raise refusal
     return directory
 
 

@@ -64,3 +64,11 @@ def test_a_job_that_finds_the_directory_locked_touches_nothing(ranks, tiny, tmp_
     assert job.wait() == [73], job.output()
     assert [path.name for path in directory.path.iterdir()] == [".lock"]
     directory.unlock()
+
+
+def test_a_directory_that_cannot_be_locked_is_told_in_one_line(ranks, tiny, tmp_path):
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    job = ranks.start(tiny, 2, tmp_path)
+    assert job.wait() == [78, 78], job.output()
+    (line,) = [line for line in job.outputs[0].read_text().splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: output_dir={tmp_path}/run: cannot be locked: ")

@@ -25,13 +25,21 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 
 def publish(temporary: Path, step: int, files: dict[str, Stamp]) -> Path:
-    """Make files that are durable in `temporary` the checkpoint of `step`, seen whole or not at all."""
+    """Make files that are durable in `temporary` the checkpoint of `step`, seen whole or not at all.
+
+    An OSError leaves `temporary` as it is, and no checkpoint.
+    """
     Manifest(step, files).write(temporary)
     sync(temporary / MANIFEST)
     sync(temporary)
     final = temporary.with_name(directory_name(step))
     temporary.rename(final)
-    sync(final.parent)
+    try:
+        sync(final.parent)
+        sync(final.parent.parent)  # the first checkpoint makes the directory of all
+    except OSError:
+        final.rename(temporary)
+        raise
     return final
 
 
@@ -51,7 +59,7 @@ def retire(directory: Path, verified: Collection[int], keep: int, keep_every: in
     for path in gone:
         remove(path)
     for path in directory.glob(f"{ABANDONED}*"):
-        shutil.rmtree(path)
+        delete(path)
     return gone
 
 
@@ -83,4 +91,9 @@ def sweep(directory: Path) -> None:
     """Remove what saves and removals that were interrupted left behind."""
     for pattern in (f"{TEMPORARY}*", f"{TRASH}*"):
         for path in directory.glob(pattern):
-            path.unlink() if path.is_symlink() else shutil.rmtree(path)  # what a link leads to stays
+            delete(path)
+
+
+def delete(path: Path) -> None:
+    """Remove a directory with all that is in it; of a link only the link, what it leads to stays."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from llmtrain.training.checkpoint.directory import (
     TEMPORARY,
     TRASH,
     checkpoints,
+    delete,
     remove,
     retained,
 )
@@ -99,4 +99,4 @@ def prune(directory: Path, rows: Sequence[Row]) -> None:
     for row in rows:
         remove(Path(row.path))
     for path in leftovers(directory):
-        shutil.rmtree(path)
+        delete(path)

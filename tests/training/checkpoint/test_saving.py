@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
@@ -12,10 +13,11 @@ import torch
 
 from llmtrain.config import UserError
 from llmtrain.distributed import World
-from llmtrain.training.checkpoint import Manifest, attempt, checkpoints
+from llmtrain.training.checkpoint import Manifest, attempt, checkpoints, directory
 from llmtrain.training.checkpoint.attempt import Attempt
-from llmtrain.training.checkpoint.directory import abandon, retained, sweep
-from llmtrain.training.checkpoint.manifest import verify
+from llmtrain.training.checkpoint.directory import abandon, publish, retained, sweep
+from llmtrain.training.checkpoint.inspecting import prune
+from llmtrain.training.checkpoint.manifest import RECORD, verify
 from llmtrain.training.checkpoint.peers import Peer
 from llmtrain.training.checkpoint.saving import MAX_FAILED
 from llmtrain.training.checkpoint.tensors import write_tensors
@@ -43,6 +45,25 @@ def test_every_file_is_durable_before_the_rename(tmp_path, monkeypatch):
     (temporary,) = {Path(path) for path in synced if Path(path).name.startswith(".tmp-")}
     assert {temporary / name for name in names(final)} <= set(map(Path, synced))
     assert ("fsync", str(tmp_path)) in log[published:]
+    assert ("fsync", str(tmp_path.parent)) in log[published:]
+
+
+def test_a_name_that_the_disk_does_not_keep_is_taken_back(tmp_path, monkeypatch):
+    """Else the step could not be saved again."""
+    temporary = tmp_path / ".tmp-step_00000007-ab"
+    temporary.mkdir()
+    files = {RECORD: write_tensors(temporary / RECORD, {"a": torch.zeros(3)})}
+
+    def refused(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(directory, "sync", refused)
+        with pytest.raises(OSError, match="Input/output"):
+            publish(temporary, 7, files)
+    assert names(tmp_path) == [temporary.name]
+    verify(publish(temporary, 7, files))
 
 
 def parts(directory: Path, ranks: int, told: list[Path]) -> list[Attempt]:
@@ -247,3 +268,14 @@ def test_leftovers_of_interrupted_saves_and_removals_are_swept(tmp_path):
         (tmp_path / name / "rank_00000.safetensors").write_bytes(b"half")
     sweep(tmp_path)
     assert names(tmp_path) == ["step_00000001"]
+
+
+def test_of_a_link_only_the_link_goes(tmp_path):
+    somebodys, run = tmp_path / "somebodys", tmp_path / "run"
+    somebodys.mkdir()
+    save(run, 1)
+    for remove in (lambda: save(run, 2), lambda: prune(run, [])):
+        (run / ".abandoned-step_00000009").symlink_to(somebodys)
+        remove()
+        assert names(run) == ["step_00000001", "step_00000002"]
+        assert somebodys.is_dir()
