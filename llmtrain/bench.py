@@ -24,13 +24,11 @@ def data(a: argparse.Namespace) -> None:
 
     sizes = smaller(Sizes(), a.smaller)
     directory = Path(tempfile.mkdtemp(prefix="llmtrain-bench-", dir=a.directory))
-    report: dict[str, Any] = {"seconds": a.seconds, "rounds": a.rounds}
+    timing = {"seconds": a.seconds, "rounds": a.rounds}
+    report: dict[str, Any] = {**timing}
     try:
         if "loaders" in a.only:
-            candidates = chosen(a.loaders)
-            loaders = compare(
-                directory, seconds=a.seconds, rounds=a.rounds, sizes=sizes, candidates=candidates
-            )
+            loaders = compare(directory, sizes=sizes, candidates=chosen(a.loaders), **timing)
             report |= loaders
             title = f"packed [{sizes.rows}, {sizes.seq_len}] of three sources, .5/.3/.2"
             _say(f"\n{title}\n\n{loaders_table(loaders)}\n")

@@ -214,7 +214,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer.path=.*nowhere.model cannot be read"):
         SentencePieceConfig(kind="sentencepiece", path=tmp_path / "nowhere.model", vocab_size=300).load()
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match=r"bad.model is not a SentencePiece model"):
+    with pytest.raises(UserError, match=r"bad.model: not a SentencePiece model"):
         SentencePieceConfig(kind="sentencepiece", path=tmp_path / "bad.model", vocab_size=300).load()
     with pytest.raises(UserError, match=r"tokenizer.json"):
         HuggingFaceConfig(kind="huggingface", path=tmp_path).load()
