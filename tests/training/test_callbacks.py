@@ -24,6 +24,7 @@ from llmtrain.training.callbacks.evaluation import EvaluationCallback, Evaluatio
 from llmtrain.training.callbacks.samples import SampleCallback, SampleConfig, printable, prompt_ids
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.signals import StopRequest
 
 SEQ_LEN = 32
 TOKENIZER = BytesConfig(kind="bytes").load()
@@ -32,6 +33,8 @@ TEXTS = {"code": "def f(x):\n    return x + {}\n", "prose": "The value of the ob
 
 class Plain:
     """The two reading methods of the engine over a decoder in this process; counts its calls."""
+
+    device = torch.device("cpu")
 
     def __init__(self, model: Decoder) -> None:
         self.model, self.calls = model.eval(), 0
@@ -58,7 +61,9 @@ class Run:
     dataset: PackedDataset
     world: World = field(default_factory=World)
     tokenizer: Any = TOKENIZER
+    stop: StopRequest = field(default_factory=StopRequest)
     step: int = 0
+    cut_short: bool = False
 
     @property
     def finished(self) -> bool:
