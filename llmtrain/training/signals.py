@@ -75,6 +75,8 @@ class StopRequest:
         """Whether this process has done a step: something can be lost."""
         self.saved = True
         """Whether no step of this process would be lost."""
+        self.polled = False
+        """Whether the ranks look together, again and again, whether one was asked: they leave together then."""
         self._grace, self._clock, self._leaving = grace_seconds, clock, leaving
         self._end = None if time_limit is None else clock() - age() + time_limit
         self._number, self._name = 0, "on another rank"
@@ -187,7 +189,7 @@ class StopRequest:
             return
         self._name, self._number = name, number
         self._since = self._since or self._clock()
-        if not self.trained:
+        if not (self.trained or self.polled):
             self._leaving()
             self._leave(f"{name}: nothing to save yet")
         logger.warning("%s: finishing the step and saving", name)

@@ -172,7 +172,11 @@ def _load(run: Run, batches: Batches, due: Sequence[Callback]) -> bool:
     reader = ThreadPoolExecutor(1, thread_name_prefix="llmtrain-callbacks")
     loads = [reader.submit(callback.load, run, step) for callback in due]
     reader.shutdown(wait=False)
-    return _await(run, [batches.upcoming, *loads])
+    run.stop.polled = True
+    try:
+        return _await(run, [batches.upcoming, *loads])
+    finally:
+        run.stop.polled = False
 
 
 def _await(run: Run, loads: Sequence[Future[Any]]) -> bool:
