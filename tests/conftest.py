@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +18,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that a run takes over, and leaves ignored: children would inherit that."""
+
+
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
     """A test that joins a process group leaves it, and nothing of DeepSpeed's to the next one.
 
-    That is names in the environment, the linear layer that ZeRO-3 exchanges in torch for good, and Python's
-    garbage collector, which an engine that nobody closed holds off.
+    That is names in the environment, what becomes of signals, the linear layer that ZeRO-3 exchanges in torch
+    for good, and Python's garbage collector, which an engine that nobody closed holds off.
     """
-    before = dict(os.environ)
+    before, handlers = dict(os.environ), {number: signal.getsignal(number) for number in STOPS}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
     if "llmtrain.distributed" in sys.modules and "torch.distributed" in sys.modules:
         sys.modules["llmtrain.distributed"].finalize()
         torch = sys.modules["torch"]

@@ -76,7 +76,7 @@ class StopRequest:
         self.saved = True
         """Whether no step of this process would be lost."""
         self.polled = False
-        """Whether the ranks look together, again and again, whether one was asked: they leave together then."""
+        """Whether the ranks keep looking together whether one was asked: then they leave together."""
         self._grace, self._clock, self._leaving = grace_seconds, clock, leaving
         self._end = None if time_limit is None else clock() - age() + time_limit
         self._number, self._name = 0, "on another rank"

@@ -86,8 +86,6 @@ def _loop(run: Run, batches: Batches) -> None:
         _settle(run, launched, due, saves)
         if checks:
             run.corruption.check(run)
-        if due:
-            run.stop.poll(run.engine.device)
         if saves or run.stop.agreed:
             save(run)
             run.stop.poll(run.engine.device)

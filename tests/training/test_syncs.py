@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -148,7 +149,8 @@ def test_a_stop_is_seen_a_step_later_and_ends_with_a_checkpoint(tiny) -> None:
         give = run.engine.train_step
 
         def train_step(*arguments: Any, **keywords: Any) -> PendingStep:
-            run.stop.requested = run.stop.requested or run.step == 4  # while step 5 is given
+            if run.step == 4:  # while step 5 is given
+                run.stop._ask(signal.SIGTERM, "SIGTERM")
             return give(*arguments, **keywords)
 
         run.engine.train_step = train_step  # type: ignore[method-assign]
