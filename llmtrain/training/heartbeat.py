@@ -35,7 +35,7 @@ class Heart:
     """The newest beat of this rank. Any thread may read `last`; only the one that trains calls `beat`."""
 
     def __init__(self) -> None:
-        age = _process_age()
+        age = process_age()
         self.started = time.time() - age
         """When this process began, on the wall clock."""
         self.last = Beat("import", 0, 0, time.monotonic() - age)
@@ -56,7 +56,7 @@ class Heart:
         self.goodput.spend(last.phase, last.step, now - last.at)
 
 
-def _process_age() -> float:
+def process_age() -> float:
     """Seconds since this process began (proc_pid_stat(5), field 22: psutil rounds to a second)."""
     status = Path("/proc/self/stat")
     if not status.exists():

@@ -11,7 +11,6 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import yaml
 from llmtrain.config import Config, UserError
 from llmtrain.config.secrets import redact
 from llmtrain.files import sync
-from llmtrain.training.run_lock import RunLock
+from llmtrain.training.run_lock import RunLock, time_now
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class RunDirectory:
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Add one line {time, event, ...fields} to events.jsonl."""
-        self._append(self.events, redact({"time": _now(), "event": kind, **fields}))
+        self._append(self.events, redact({"time": time_now(), "event": kind, **fields}))
 
     def _append(self, file: Path, line: Mapping[str, Any]) -> None:
         """In one write; what the disk refuses is kept, and written before the next line."""
@@ -199,7 +198,7 @@ class RunDirectory:
 
     def mark_done(self) -> None:
         """Write DONE, the last file of a run, and only of one that succeeded."""
-        write_atomically(self.done, _now() + "\n")
+        write_atomically(self.done, time_now() + "\n")
 
     # Reading.
 
@@ -255,10 +254,6 @@ def write_atomically(file: Path, text: str, durable: bool = False) -> Path:
     finally:
         aside.unlink(missing_ok=True)
     return file
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _finite(value: Any) -> Any:

@@ -108,8 +108,12 @@ class RunLock:
 
 
 def _this_process() -> dict[str, Any]:
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": boot_id(), "started": now}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": boot_id(), "started": time_now()}
+
+
+def time_now() -> str:
+    """The time as files of a run have it: ISO 8601, UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def boot_id() -> str | None:

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
-import psutil
 import torch
 from pydantic import BeforeValidator, Field
 
 from llmtrain import distributed
 from llmtrain.config import ExitCode
+from llmtrain.training.heartbeat import process_age
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,10 @@ def parse_seconds(value: Any) -> Any:
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 
 
-def process_age() -> float:
+def job_age() -> float:
     """Seconds since the job, or else this process, was started."""
-    return time.time() - float(os.environ.get(STARTED) or psutil.Process().create_time())
+    started = os.environ.get(STARTED)
+    return time.time() - float(started) if started else process_age()
 
 
 class StopRequest:
@@ -66,7 +67,7 @@ class StopRequest:
         grace_seconds: float = 60.0,
         time_limit: float | None = None,
         leaving: Callable[[], None] = lambda: None,
-        age: Callable[[], float] = process_age,
+        age: Callable[[], float] = job_age,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`leaving` is called when the process leaves with nothing to save."""

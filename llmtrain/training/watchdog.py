@@ -23,7 +23,6 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +35,7 @@ from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.launcher import tell_code
 from llmtrain.training.run_directory import RunDirectory, write_atomically
+from llmtrain.training.run_lock import time_now
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ class Watchdog:
         """Write crash-rank<r>.json; `secondary`: the error follows from another rank's."""
         last = self._heart.last
         crash = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "time": time_now(),
             "job": self._job,
             "host": self._host,
             "rank": self._world.rank,

@@ -159,11 +159,11 @@ def test_the_slowest_step_and_the_last_save_are_kept_free(stop, clock):
 
 
 def test_the_age_is_that_of_the_job(monkeypatch):
-    from llmtrain.training.signals import process_age
+    from llmtrain.training.signals import job_age
 
-    assert 0 < process_age() < 1e6
+    assert 0 < job_age() < 1e6
     monkeypatch.setenv("LLMTRAIN_STARTED", str(time.time() - 5e6))
-    assert process_age() >= 5e6
+    assert job_age() >= 5e6
 
 
 def test_85_is_said_only_where_nothing_is_lost():

@@ -9,12 +9,12 @@ from llmtrain import distributed
 from llmtrain.config import UserError
 from llmtrain.training.checkpoint.config import CheckpointConfig
 from llmtrain.training.checkpoint.directory import checkpoints
+from llmtrain.training.places import existing
 
 
 def free_bytes(directory: Path) -> int:
     """Bytes that may be written in `directory`, which need not be there yet."""
-    there = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(existing(directory)).free
 
 
 def check_space(directory: Path, size: int, config: CheckpointConfig) -> None:

@@ -152,6 +152,10 @@ class Engine:
     def state(self) -> EngineState:
         """What this rank answers for, live, between two steps; see llmtrain/training/engine/state.py."""
         self.deepspeed.collect_python_gc()  # `deepspeed.disable_python_gc` leaves cycles to this moment
+        return self.look()
+
+    def look(self) -> EngineState:
+        """The same for a look between saves, which leaves cycles alone."""
         return read_state(self.deepspeed, self._rank, self._ranks)
 
     def restore(self, read: Read, scalars: Mapping[str, Any]) -> None:

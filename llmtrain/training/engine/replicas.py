@@ -48,7 +48,7 @@ def rounded(engine: Engine) -> Iterator[tuple[str, Tensor, Tensor]]:
     """
     stage = engine.deepspeed.zero_optimization_stage()
     parameters: dict[str, Any] = dict(engine.model.named_parameters())
-    for piece in engine.state().pieces if stage > 0 else ():
+    for piece in engine.look().pieces if stage > 0 else ():
         masters, parameter = piece.tensors[WEIGHT], parameters[piece.name]
         start = 0 if stage == 3 else piece.start
         flat = (parameter.ds_tensor if stage == 3 else parameter).detach().view(-1)
