@@ -39,6 +39,14 @@ def wait_for_step(job: Job, run: Path, step: int) -> None:
         time.sleep(0.05)
 
 
+def wait_for_heartbeat(job: Job, run: Path, rank: int) -> None:
+    """Until the rank's own file says that it trains: it is written every tenth of `hang_timeout`."""
+    file, deadline = run / "heartbeats" / f"rank_{rank:05d}.json", time.monotonic() + 120
+    while not (file.exists() and json.loads(file.read_text())["step"] >= 1):
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.05)
+
+
 def the_verdict(run: Path, job: Job, ranks: list[int]) -> str:
     """What was said, once and alike in events and on standard error; the stacks of `ranks` are there."""
     (event,) = events(run, "hang")
@@ -54,6 +62,7 @@ def test_a_rank_that_is_stopped_is_named(ranks, tiny, tmp_path):
     common = [*tiny, "max_steps=300", "checkpoint.every=5", "scheduler=constant", f"hang_timeout={TIMEOUT}"]
     job, run = ranks.start(common, 2, tmp_path), tmp_path / "run"
     wait_for_step(job, run, 7)
+    wait_for_heartbeat(job, run, 1)
     os.kill(job.pids[1], signal.SIGSTOP)
     stopped = time.monotonic()
     while job.codes()[0] is None:
