@@ -8,25 +8,20 @@ import queue
 import secrets
 import sys
 import threading
-import time
 from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
 from llmtrain.config import Config
 from llmtrain.config.secrets import redact
+from llmtrain.training.console import ProgressBar, ProgressLines, is_lively
 from llmtrain.training.run_directory import RunDirectory, write_atomically
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from llmtrain.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 2.0
-"""A log file that nobody watches needs no line every 10 ms."""
 
 CONNECT_SECONDS = 10.0
 """Time that wandb has to reach its server before the run is recorded offline."""
@@ -69,71 +64,13 @@ class LoggerConfig(Config):
     def build(self, directory: RunDirectory, config: TrainConfig, step: int = 0) -> list[Logger]:
         """The loggers of the main rank, for a run that goes on after `step`."""
         loggers: list[Logger] = []
-        if self.progress == "auto" and sys.stderr.isatty():
+        if self.progress == "auto" and is_lively(sys.stderr):
             loggers.append(ProgressBar(config.max_steps, step))
         elif self.progress != "none":
             loggers.append(ProgressLines(config.max_steps))
         if self.wandb.mode != "disabled":
             loggers.append(WandbLogger(directory, self.wandb, config.name, config.model_dump(mode="json")))
         return loggers
-
-
-class ProgressLines:
-    """One plain line a logged step, at most one every two seconds, the first and the last in any case."""
-
-    def __init__(self, max_steps: int, stream: IO[str] | None = None) -> None:
-        self._stream = stream
-        self._pace = _Pace(max_steps)
-        self._shown_at = float("-inf")
-        self._held_back: str | None = None
-
-    def log(self, line: Mapping[str, Any]) -> None:
-        left = self._pace.seconds_left(line)
-        text = f"step {line['step']}/{self._pace.max_steps}  {describe(line)}  {duration(left)} left"
-        now = time.monotonic()
-        last = line["step"] >= self._pace.max_steps
-        if last or "eval/loss" in line or now - self._shown_at >= SECONDS_BETWEEN_LINES:
-            self._write(text)
-            self._shown_at = now
-            self._held_back = None
-            if evaluation := describe_evaluation(line):
-                self._write(evaluation)
-        else:
-            self._held_back = text
-
-    def close(self) -> None:
-        if self._held_back is not None:
-            self._write(self._held_back)
-            self._held_back = None
-
-    def _write(self, text: str) -> None:
-        stream = self._stream or sys.stderr
-        stream.write(text + "\n")
-        stream.flush()
-
-
-class ProgressBar:
-    """A bar for a terminal: step, loss, tokens/s and time left; evaluations stay above it as lines."""
-
-    def __init__(self, max_steps: int, step: int = 0, stream: IO[str] | None = None) -> None:
-        self._pace = _Pace(max_steps)
-        self._bar = _rich_bar(stream)
-        self._task = self._bar.add_task(
-            "training", total=max_steps, completed=step, text="first step", left=""
-        )
-        self._bar.start()
-        self._handlers = _follow_stderr()
-
-    def log(self, line: Mapping[str, Any]) -> None:
-        left = duration(self._pace.seconds_left(line))
-        self._bar.update(self._task, completed=line["step"], text=describe(line), left=f"{left} left")
-        if evaluation := describe_evaluation(line):
-            self._bar.console.print(evaluation, markup=False, highlight=False)
-
-    def close(self) -> None:
-        self._bar.stop()
-        for handler, stream in self._handlers:
-            handler.setStream(stream)
 
 
 class WandbLogger:
@@ -236,95 +173,5 @@ class WandbLogger:
         return file.read_text(encoding="ascii").strip()
 
 
-class _Pace:
-    """How long the rest takes, at the mean pace since the first logged step of this process."""
-
-    def __init__(self, max_steps: int) -> None:
-        self.max_steps = max_steps
-        self._first: tuple[int, float] | None = None
-
-    def seconds_left(self, line: Mapping[str, Any]) -> float:
-        """Seconds until `max_steps`; at the first line, its own step's time is all there is to go by."""
-        step, now = line["step"], time.monotonic()
-        if self._first is None or step <= self._first[0]:
-            self._first = (step, now)
-            pace = line.get("perf/step_seconds") or 0.0
-        else:
-            pace = (now - self._first[1]) / (step - self._first[0])
-        return pace * max(0, self.max_steps - step)
-
-
-def describe(line: Mapping[str, Any]) -> str:
-    """`loss 2.3456  lr 3.0e-04  12.3k tok/s` of a step's line; a loss that is not finite is said so."""
-    loss, lr, speed = line.get("train/loss"), line.get("train/lr"), line.get("perf/tokens_per_second")
-    parts = ["loss not finite" if loss is None or loss != loss else f"loss {loss:.4f}"]
-    if lr is not None:
-        parts.append(f"lr {lr:.1e}")
-    if speed is not None:
-        parts.append(f"{short(speed)} tok/s")
-    return "  ".join(parts)
-
-
-def describe_evaluation(line: Mapping[str, Any]) -> str:
-    """One line about the held-out text, or nothing where the step has no evaluation."""
-    loss, bits = line.get("eval/loss"), line.get("eval/bits_per_byte")
-    if loss is None or bits is None:
-        return ""
-    text = f"held out after step {line['step']}: loss {loss:.4f}, {bits:.4f} bits per byte"
-    if (unigram := line.get("eval/unigram_bits_per_byte")) is not None:
-        text += f" (token unigram {unigram:.4f}"
-        if (shuffled := line.get("eval/shuffled_bits_per_byte")) is not None:
-            text += f", context shuffled {shuffled:.4f}"
-        text += ")"
-    return text
-
-
-def duration(seconds: float) -> str:
-    """`1:05` (minutes) or `3:01:05` (hours), `2d 03:01:05` above a day."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02}:{minute:02}:{second:02}"
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
-
-
-def short(number: float) -> str:
-    """`950`, `12.3k`, `4.56M`, `1.23B`: three digits."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size * 0.9995:
-            scaled = number / size
-            return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f}{letter}"
-    return f"{number:.0f}" if abs(number) >= 9.95 or number == int(number) else f"{number:.2g}"
-
-
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _rich_bar(stream: IO[str] | None) -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    console = Console(file=stream, stderr=stream is None)
-    text = TextColumn("{task.fields[text]}", markup=False)
-    left = TextColumn("{task.fields[left]}", style="cyan")
-    return Progress(
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        text,
-        left,
-        console=console,
-        expand=True,
-    )
-
-
-def _follow_stderr() -> list[tuple[logging.StreamHandler[Any], Any]]:
-    """Let log records go through the stderr that the bar has put up, above it instead of into it.
-
-    Returns each changed handler with the stream it had.
-    """
-    consoles = (sys.__stderr__, sys.__stdout__)
-    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
-    return [(h, h.setStream(sys.stderr)) for h in handlers if h.stream in consoles]

@@ -25,10 +25,10 @@ from llmtrain.data.prepare import build_tokenizer, check_inputs, prepared_tokens
 from llmtrain.data.sizes import needs_tokenizer, source_sizes
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig, vocab_size_of
 from llmtrain.training.config import TrainConfig
-from llmtrain.training.loggers import short
 from llmtrain.training.run_directory import RunDirectory, write_atomically
 from llmtrain.training.sizing.choose import Sizing, size
 from llmtrain.training.sizing.hardware import device_name
+from llmtrain.training.words import short
 
 
 class PlanConfig(TrainConfig):

@@ -21,11 +21,11 @@ from llmtrain.tokenizer.coverage import coverage
 from llmtrain.training.build import check_start, precision_here, tokenizer_of
 from llmtrain.training.checkpoint import check_space, find_checkpoint, free_bytes
 from llmtrain.training.config import TrainConfig
-from llmtrain.training.loggers import short
 from llmtrain.training.planning import measure, run_length
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.sizing.memory import Layout, checkpoint_bytes, memory
 from llmtrain.training.sizing.model import Model
+from llmtrain.training.words import short
 
 logger = logging.getLogger(__name__)
 

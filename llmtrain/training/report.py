@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from llmtrain.training.loggers import short
 from llmtrain.training.report_goodput import goodput_section
 from llmtrain.training.report_mixture import QUARANTINE, mixture_section, stage_steps
 from llmtrain.training.report_page import Chart, Trace, number, page, table
 from llmtrain.training.report_spikes import spikes_section
 from llmtrain.training.rewinds import merged, read_rewinds
 from llmtrain.training.run_directory import RunDirectory, write_atomically
+from llmtrain.training.words import short, span
 
 MOST_POINTS = 2000
 """Points of a curve; a longer one is drawn as means of buckets, so that the page stays small."""
@@ -342,16 +342,6 @@ def thin(points: Sequence[tuple[int, float | None]], bucket: int) -> tuple[list[
         xs.append(sum(x for x, _ in part) / len(part))
         ys.append(sum(values) / len(values) if values else None)
     return xs, ys
-
-
-def span(seconds: float) -> str:
-    """`45 s`, `2 min 22 s`, `3 h 12 min` or `2 d 3 h`: the two largest units."""
-    rest, parts = round(seconds), list[str]()
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        count, rest = divmod(rest, size)
-        if count or parts:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def training_seconds(lines: Sequence[Line]) -> float:

@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from llmtrain.data.records import EMPTY
-from llmtrain.training.loggers import short
 from llmtrain.training.report_page import Chart, Trace, number, table
+from llmtrain.training.words import short
 
 MOST_CHANGES = 12
 """Of more changes of the mixture than these, the newest are shown."""

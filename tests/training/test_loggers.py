@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import io
 import json
 import os
-import pty
 import re
 import struct
 import subprocess
@@ -16,16 +14,7 @@ from typing import Any
 import pytest
 
 from llmtrain.training import loggers
-from llmtrain.training.loggers import (
-    LoggerConfig,
-    ProgressBar,
-    ProgressLines,
-    WandbConfig,
-    WandbLogger,
-    describe,
-    duration,
-    short,
-)
+from llmtrain.training.loggers import LoggerConfig, WandbConfig, WandbLogger
 from llmtrain.training.run_directory import RunDirectory
 
 OFFLINE = WandbConfig(mode="offline", project="llmtrain-tests")
@@ -39,153 +28,6 @@ def line(step: int, **more: Any) -> dict[str, Any]:
         "perf/step_seconds": 2.0,
     }
     return {"step": step, **fixed, **more}
-
-
-# Console
-
-
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
-
-
-def test_lines_are_throttled_but_the_first_the_last_and_evaluations_are_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock, stream = Clock(monkeypatch), io.StringIO()
-    progress = ProgressLines(100, stream)
-    for step in range(1, 101):
-        clock.now += 0.5
-        progress.log(line(step, **({"eval/loss": 4.0, "eval/bits_per_byte": 1.5} if step == 7 else {})))
-        if step == 99:
-            clock.now -= 0.5  # the last line comes too soon after one that was shown, and is shown at once
-    shown = [int(found) for found in re.findall(r"^step (\d+)/100", stream.getvalue(), re.MULTILINE)]
-    assert shown == [1, 5, 7, *range(11, 100, 4), 100]
-    assert "held out after step 7: loss 4.0000, 1.5000 bits per byte\n" in stream.getvalue()
-
-
-def test_a_run_that_stops_early_shows_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    Clock(monkeypatch)
-    stream = io.StringIO()
-    progress = ProgressLines(100, stream)
-    for step in (1, 2, 3):
-        progress.log(line(step))
-    progress.close()
-    progress.close()
-    assert re.findall(r"^step (\d+)/", stream.getvalue(), re.MULTILINE) == ["1", "3"]
-
-
-def test_time_left_is_the_mean_pace_since_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stream = Clock(monkeypatch), io.StringIO()
-    progress = ProgressLines(1000, stream)
-    for step, seconds in ((501, 60.0), (511, 30.0), (521, 50.0)):  # resumed after 500; the start was slow
-        clock.now += seconds
-        progress.log(line(step))
-    lefts = re.findall(r"  (\S+) left", stream.getvalue())
-    # 499 steps at the step's own 2 s; 489 at 30 s for 10 steps; 479 at 80 s for 20.
-    assert (
-        lefts
-        == [duration(499 * 2.0), duration(489 * 3.0), duration(479 * 4.0)]
-        == ["16:38", "24:27", "31:56"]
-    )
-
-
-@pytest.mark.parametrize("loss", [None, float("nan")])
-def test_a_loss_that_is_not_finite_is_said_so(loss: float | None) -> None:
-    assert describe(line(1, **{"train/loss": loss})) == "loss not finite  lr 1.0e-03  12.3k tok/s"
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0"), (7, "7"), (0.123, "0.12"), (950, "950"), (999.6, "1.00k"), (1000, "1.00k"), (12345.6, "12.3k"),
-     (99960, "100k"), (123456, "123k"), (4_560_000, "4.56M"), (1.5e9, "1.50B"), (3e12, "3.00T")],
-)  # fmt: skip
-def test_short_numbers(number: float, text: str) -> None:
-    assert short(number) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (3661, "1:01:01"), (2 * 86400 + 3661, "2d 01:01:01")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-TERMINAL = """
-import logging, sys, tempfile
-from types import SimpleNamespace
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-from llmtrain.training.loggers import LoggerConfig
-from llmtrain.training.run_directory import RunDirectory
-config = LoggerConfig.model_validate({"progress": sys.argv[1], "wandb": {"mode": "disabled", "project": "p"}})
-found = config.build(RunDirectory(tempfile.mkdtemp()), SimpleNamespace(max_steps=3))
-print([type(logger).__name__ for logger in found], flush=True)
-for step in (1, 2, 3):
-    for logger in found:
-        evaluation = {"eval/loss": 2.5, "eval/bits_per_byte": 1.25} if step == 3 else {}
-        perf = {"perf/tokens_per_second": 950.0, "perf/step_seconds": 0.1}
-        logger.log({"step": step, "train/loss": 1.5, **perf, **evaluation})
-    logging.info("a record after step %d", step)
-for logger in found:
-    logger.close()
-logging.info("a record after the end")
-"""
-
-
-def on_a_terminal(progress: str) -> str:
-    """What a person sees who trains on a terminal."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", TERMINAL, progress], stdout=theirs, stderr=theirs, env=environment
-    )
-    os.close(theirs)
-    seen = b""
-    try:
-        while chunk := os.read(ours, 65536):
-            seen += chunk
-    except OSError:  # the other side is closed
-        pass
-    assert process.wait() == 0, seen.decode()
-    os.close(ours)
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode()).replace("\r\n", "\n")
-
-
-def test_a_terminal_has_a_bar_and_log_records_stay_whole_above_it() -> None:
-    seen = on_a_terminal("auto")
-    assert "['ProgressBar']" in seen
-    assert re.search(r"step 3/3 .*loss 1\.5000 .*950 tok/s .*0:00 left", seen)
-    for record in ("a record after step 1", "a record after step 3", "a record after the end"):
-        assert re.search(rf"(^|\r){record} *$", seen, re.MULTILINE), seen
-    assert "held out after step 3: loss 2.5000, 1.2500 bits per byte" in seen
-
-
-@pytest.mark.parametrize(("progress", "names"), [("lines", "['ProgressLines']"), ("none", "[]")])
-def test_the_progress_key_chooses(progress: str, names: str) -> None:
-    seen = on_a_terminal(progress)
-    assert names in seen
-    assert ("step 3/3  loss 1.5000" in seen) == (progress == "lines")
-
-
-def test_without_a_terminal_there_are_plain_lines() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", TERMINAL, "auto"], capture_output=True, text=True, check=True
-    )
-    assert "['ProgressLines']" in result.stdout
-    assert result.stderr.splitlines()[0] == "step 1/3  loss 1.5000  950 tok/s  0:00 left"
-    assert "\x1b" not in result.stderr
-
-
-def test_the_bar_of_a_stream_that_is_no_terminal_ends_with_the_last_step() -> None:
-    stream = io.StringIO()
-    bar = ProgressBar(3, stream=stream)
-    bar.log(line(3))
-    bar.close()
-    assert "3/3" in stream.getvalue()
 
 
 # wandb

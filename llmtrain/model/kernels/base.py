@@ -30,6 +30,8 @@ class Kernel(NamedTuple):
     name: str
     prepare: Callable[[Documents, Tensor | None, torch.dtype], Prepared]
     attend: Callable[[Tensor, Tensor, Tensor, Prepared], Tensor]
+    why: str = "as asked"
+    """Why a run has this one."""
 
 
 def repeat_heads(k: Tensor, v: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -12,8 +11,6 @@ import torch
 
 from llmtrain.config import Config, UserError
 from llmtrain.model.kernels.base import Kernel
-
-log = logging.getLogger(__name__)
 
 Backend = Literal["eager", "sdpa", "flex", "flash", "flash4", "varlen"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -91,7 +88,7 @@ class AttentionConfig(Config):
     """eager is the readable reference, auto the fastest exact one for this run."""
 
     def kernel(self, shape: Shape, use: Use | None = None) -> Kernel:
-        """The kernel that `backend` names. `auto` says in the log which one it took and why.
+        """The kernel that `backend` names. Of `auto` it says why it is that one.
 
         UserError in one line where it cannot be had. Without a `use`, as for a decoder that is only counted
         or exported, it is eager or sdpa, which work everywhere.
@@ -100,8 +97,7 @@ class AttentionConfig(Config):
             return load("eager" if self.backend == "eager" else "sdpa")
         if self.backend == "auto":
             backend, reason = automatic(shape, use)
-            log.info(f"model.attention.backend=auto: {backend} ({reason})")
-            return load(backend)
+            return load(backend)._replace(why=reason)
         lacking = missing(self.backend, shape, use)
         if lacking is not None:
             raise UserError(f"model.attention.backend={self.backend}: {lacking}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmtrain.training.loggers import short
 from llmtrain.training.sizing.choose import GIB, Sizing, Way, duration
 from llmtrain.training.sizing.memory import checkpoint_bytes
+from llmtrain.training.words import short
 
 HEADINGS = (
     "deepspeed", "recompute", "rows", "state", "gradients", "activations", "head", "buckets", "GiB", "host",
