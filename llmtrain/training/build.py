@@ -49,6 +49,7 @@ from llmtrain.training.engine.engine import Engine, build_engine
 from llmtrain.training.goodput import Goodput
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.loggers import Logger
+from llmtrain.training.messages import opening_line
 from llmtrain.training.places import check_places
 from llmtrain.training.rewinds import Rewind, hide_stale, merged, read_rewinds
 from llmtrain.training.run_directory import RunDirectory
@@ -239,11 +240,7 @@ def build_run(
     heart.beat("build", step)
     check_kernel(config, engine, precision)
     engine.beat = heart.beat
-    device, parameters = engine.device.type, engine.model.parameter_count
-    stage = config.deepspeed.stage
-    logger.info(
-        f"{parameters:,} parameters, {world.world_size} rank(s) on {device}, {precision}, ZeRO stage {stage}"
-    )
+    logger.info(opening_line(config, world, engine, precision))
     prepared.schedule(*dataset.needs(step))
     _tell_mixture(dataset, step, config.max_steps)
     return Run(

@@ -111,8 +111,8 @@ def rule_of(key: str) -> tuple[Rule, str]:
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """What differs between the record of a checkpoint and that of the run that would go on from it."""
-    pairs = _differences(_settings(saved), _settings(now))
-    return [Change(key, run, ours, *rule_of(key)) for key, run, ours in pairs]
+    pairs = differences(_settings(saved), _settings(now))
+    return [Change(key, run, ours, *rule_of(key)) for key, (run, ours) in pairs]
 
 
 def check_changes(checkpoint: Path, found: Sequence[Change], allowed: Sequence[str]) -> None:
@@ -126,13 +126,13 @@ def check_changes(checkpoint: Path, found: Sequence[Change], allowed: Sequence[s
         return
     tell_changes(checkpoint, found)
     lines = [
-        f"{change.key}={_shown(change.now)}: {checkpoint} has {_shown(change.run)}, which no resume can "
+        f"{change.key}={shown(change.now)}: {checkpoint} has {shown(change.run)}, which no resume can "
         f"change ({change.reason}); go back to it, or start anew with resume=never or another output_dir"
         for change in refused
     ]
     if unnamed:
-        assigned = ", ".join(f"{change.key}={_shown(change.now)}" for change in unnamed)
-        before = ", ".join(_shown(change.run) for change in unnamed)
+        assigned = ", ".join(f"{change.key}={shown(change.now)}" for change in unnamed)
+        before = ", ".join(shown(change.run) for change in unnamed)
         keys = ",".join([*allowed, *(change.key for change in unnamed)])
         lines.append(
             f"{assigned}: {checkpoint} has {before}; go back to it, or allow the change: "
@@ -147,7 +147,7 @@ def tell_changes(checkpoint: Path, found: Sequence[Change]) -> None:
         return
     rows = [("key", "run", "now", "rule")]
     for change in found:
-        run, now = _shown(change.run)[:LONGEST], _shown(change.now)[:LONGEST]
+        run, now = shown(change.run)[:LONGEST], shown(change.now)[:LONGEST]
         rows.append((change.key, run, now, f"{change.rule}: {change.reason}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -182,16 +182,17 @@ def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differences(run: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value of the run, value now) of the smallest parts that differ."""
-    if not (isinstance(run, Mapping) and isinstance(now, Mapping)):
-        if run != now:
-            yield key, run, now
+def differences(*configs: Any, key: str = "") -> Iterator[tuple[str, Sequence[Any]]]:
+    """(dotted key, its value in each config or ABSENT) of the smallest parts that are not the same in all."""
+    if not all(isinstance(config, Mapping) for config in configs):
+        if any(config != configs[0] for config in configs):
+            yield key, configs
         return
-    for name in {**run, **now}:
-        inner = f"{key}.{name}" if key else name
-        yield from _differences(run.get(name, ABSENT), now.get(name, ABSENT), inner)
+    for name in dict.fromkeys(name for config in configs for name in config):
+        values = [config.get(name, ABSENT) for config in configs]
+        yield from differences(*values, key=f"{key}.{name}" if key else name)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a config as one would write it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

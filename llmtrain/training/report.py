@@ -18,7 +18,7 @@ from llmtrain.training.report_page import Chart, Trace, number, page, table
 from llmtrain.training.report_spikes import spikes_section
 from llmtrain.training.rewinds import merged, read_rewinds
 from llmtrain.training.run_directory import RunDirectory, write_atomically
-from llmtrain.training.words import short, span
+from llmtrain.training.words import count, describe_model, short, span
 
 MOST_POINTS = 2000
 """Points of a curve; a longer one is drawn as means of buckets, so that the page stays small."""
@@ -145,7 +145,7 @@ class _Report:
         if "parameters" in start:
             parts.insert(0, f"{short(start['parameters'])} parameters")
         if ranks := start.get("ranks"):
-            parts.append(f"{_count(ranks, 'rank')} on {start.get('device', 'cpu')}")
+            parts.append(f"{count(ranks, 'rank')} on {start.get('device', 'cpu')}")
         precision = start.get("precision", self.config.get("precision"))
         return " · ".join([*parts, precision] if precision else parts)
 
@@ -169,11 +169,7 @@ class _Report:
     def _curve(
         self, key: str, name: str = "", color: str = "c0", *, faint: bool = False, dots: bool = False
     ) -> list[Trace]:
-        """A key over the steps as a trace; none where it never has a value."""
-        points = [(line["step"], line[key]) for line in self.lines if key in line]
-        x, y = thin(points, bucket_size(len(points)))
-        trace = Trace(name or key, x, y, color, faint=faint, dots=dots)
-        return [trace] if any(value is not None for value in y) else []
+        return curve(self.lines, key, name or key, color, faint=faint, dots=dots)
 
     def _by_source(self, key: str, dots: bool = False) -> list[Trace]:
         """A key of each source in its colour, and of all together, thick and on top."""
@@ -330,6 +326,23 @@ def bucket_size(points: int) -> int:
     return max(1, -(-points // MOST_POINTS))
 
 
+def curve(
+    lines: Sequence[Line],
+    key: str,
+    name: str,
+    color: str,
+    *,
+    across: str = "step",
+    faint: bool = False,
+    dots: bool = False,
+) -> list[Trace]:
+    """A key over the steps, or over another key, as a trace; none where it never has a value."""
+    points = [(line[across], line[key]) for line in lines if key in line and across in line]
+    x, y = thin(points, bucket_size(len(points)))
+    trace = Trace(name, x, y, color, faint=faint, dots=dots)
+    return [trace] if any(value is not None for value in y) else []
+
+
 def thin(points: Sequence[tuple[int, float | None]], bucket: int) -> tuple[list[float], list[float | None]]:
     """x and y of a curve as means of `bucket` points each: of the steps, and of the values that there are."""
     if bucket == 1:
@@ -351,30 +364,6 @@ def training_seconds(lines: Sequence[Line]) -> float:
         total += (line.get("perf/step_seconds") or 0.0) * (line["step"] - before)
         before = line["step"]
     return total
-
-
-SPELLING = {
-    "rope": "RoPE",
-    "alibi": "ALiBi",
-    "learned": "learned positions",
-    "none": "no positions",
-    "swiglu": "SwiGLU",
-    "gelu": "GELU",
-    "rmsnorm": "RMSNorm",
-    "layernorm": "LayerNorm",
-}
-
-
-def describe_model(model: Mapping[str, Any]) -> list[str]:
-    """`4 layers`, `d_model 256`, `4 heads (MQA)`, ... of a model's config; missing keys are left out."""
-    parts = [_count(model["n_layers"], "layer")] if "n_layers" in model else []
-    parts += [f"d_model {model['d_model']}"] if "d_model" in model else []
-    heads, shared = model.get("n_heads"), model.get("n_kv_heads")
-    if heads and shared:
-        kind = "MQA" if shared == 1 else "MHA" if shared == heads else f"GQA, {shared} for keys and values"
-        parts.append(f"{heads} heads ({kind})")
-    chosen = [(model.get("position") or {}).get("kind"), model.get("feed_forward"), model.get("norm")]
-    return parts + [SPELLING.get(name, name) for name in chosen if isinstance(name, str)]
 
 
 def spread(items: Sequence[Path], most: int) -> list[Path]:
@@ -427,10 +416,6 @@ def _step_of(file: Path) -> int:
 
 def _steps(step: int, most: int | None) -> str:
     return f"{step:,} of {most:,}" if most and most != step else f"{step:,}"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _change(value: float | None, reference: float | None) -> str:

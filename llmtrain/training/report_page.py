@@ -40,6 +40,8 @@ class Chart:
     zero: bool = False
     marks: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """{x, text} of vertical lines."""
+    across: str = "step"
+    """What x is."""
 
     @property
     def id(self) -> str:
@@ -64,7 +66,8 @@ class Chart:
         for trace in self.traces:
             x = [escape(place) if isinstance(place, str) else place for place in trace.x]
             traces.append({**vars(trace), "name": escape(trace.name), "x": x})
-        return {"id": self.id, "traces": traces, "zero": self.zero, "marks": list(self.marks)}
+        marks = list(self.marks)
+        return {"id": self.id, "traces": traces, "zero": self.zero, "marks": marks, "across": self.across}
 
 
 def number(value: T | None, form: Callable[[T], str]) -> str:
@@ -245,7 +248,7 @@ function layout(chart) {
     showlegend: chart.traces.length > 1,
     legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: {color: color("soft")}},
     xaxis: bars ? axis("", {type: "category", showgrid: false})
-                : axis("step", {showgrid: false, hoverformat: ",.6~f"}),
+                : axis(chart.across, {showgrid: false, hoverformat: ",.6~f"}),
     yaxis: axis("", Object.assign({type: logScale.has(chart.id) ? "log" : "linear"},
                                        chart.zero ? {rangemode: "tozero"} : {})),
     shapes: chart.marks.map(m => ({type: "line", x0: m.x, x1: m.x, yref: "paper", y0: 0, y1: 1,

@@ -24,6 +24,7 @@ from llmtrain.training.run_lock import RunLock, time_now
 logger = logging.getLogger(__name__)
 
 HEARTBEATS = "heartbeats"
+NEWEST_BYTES = 4 * 2**20
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What a disk says that is full, or failing."""
 
@@ -101,6 +102,10 @@ class RunDirectory:
     def is_locked(self) -> bool:
         """Whether some process is at work in this directory."""
         return self._lock.is_taken()
+
+    def owner(self) -> dict[str, Any] | None:
+        """Who is at work in this directory, or None; see RunLock."""
+        return self._lock.owner()
 
     def set_aside(self) -> Path | None:
         """Rename an older run to the next free `<name>.1`, `<name>.2`, ... so that nothing of it is lost.
@@ -206,6 +211,10 @@ class RunDirectory:
         """Every complete line of metrics.jsonl in file order; a resumed run has replayed steps twice."""
         return _read_lines(self.metrics)
 
+    def newest_metrics(self) -> list[dict[str, Any]]:
+        """The last of them, some thousand, read in no time however long the run is."""
+        return _read_lines(self.metrics, last=NEWEST_BYTES)
+
     def read_events(self) -> list[dict[str, Any]]:
         """Every complete line of events.jsonl in file order."""
         return _read_lines(self.events)
@@ -308,11 +317,20 @@ def _cut(file: Path) -> int:
     return size - keep
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; a broken line is a UserError with its number."""
+def _read_lines(file: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; a broken line is a UserError with its number.
+
+    `last`: only those that lie wholly in so many bytes at its end.
+    """
     if not file.exists():
         return []
-    *lines, rest = file.read_bytes().split(b"\n")
+    with file.open("rb") as stream:
+        begin = max(0, stream.seek(0, os.SEEK_END) - last) if last else 0
+        stream.seek(max(0, begin - 1))
+        if begin:
+            stream.readline()  # what is left of a line, or the newline before the first whole one
+        begin = stream.tell()
+        *lines, rest = stream.read().split(b"\n")
     if rest:
         logger.warning("%s: the last line is not finished and not read", file)
     objects = []
@@ -322,6 +340,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             value = None
         if not isinstance(value, dict):
+            number += file.read_bytes()[:begin].count(b"\n")
             raise UserError(f"{file}:{number}: not a JSON object; mend or remove that line")
         objects.append(value)
     return objects

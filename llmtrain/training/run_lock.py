@@ -97,6 +97,18 @@ class RunLock:
             os.close(handle)
         return False
 
+    def owner(self) -> dict[str, Any] | None:
+        """Who is at work in the directory ({host, pid, started}, as far as it is known); None: nobody.
+
+        Of a lock that only another machine can see, the record tells: as long as its owner touches it.
+        """
+        if self.is_taken():
+            return _read_owner(self._file)
+        owner = _record(self._file)
+        if owner.get("boot_id") in (None, boot_id()):
+            return None
+        return owner if time.time() - _touched_at(self._file) / 1e9 < 3 * TOUCH_SECONDS else None
+
     def release(self) -> None:
         """Give the directory back, with an empty record; without a lock this does nothing."""
         if self._handle is not None:

@@ -21,6 +21,7 @@ from llmtrain.training.build import Run
 from llmtrain.training.callbacks import Callback
 from llmtrain.training.checkpoint import abandon, checkpoints, sweep
 from llmtrain.training.engine.transfer import PendingStep
+from llmtrain.training.messages import closing_lines
 from llmtrain.training.metrics import step_metrics
 from llmtrain.training.saves import load, report, save
 from llmtrain.training.spikes import Verdict
@@ -295,7 +296,8 @@ def finish(run: Run) -> int:
         signal = {} if done else {"signal": run.stop.name}
         run.directory.append_event("end" if done else "signal", step=run.step, **signal)
         report(run)
-        logger.info("report: %s", run.directory.report)
+        for line in closing_lines(run.directory):
+            logger.info("%s", line)
     if run.saver.failures:
         return _end_unsaved(run)
     if not done:

@@ -1,6 +1,9 @@
-"""Numbers and times in the words of people, as console, report and doors write them."""
+"""Numbers, times and models in the words of people, as console, report and doors write them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -35,3 +38,32 @@ def span(seconds: float) -> str:
 def percent(share: float) -> str:
     """`41.2 %` of 0.412."""
     return f"{100 * share:.1f} %"
+
+
+def count(number: int, thing: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+SPELLING = {
+    "rope": "RoPE",
+    "alibi": "ALiBi",
+    "learned": "learned positions",
+    "none": "no positions",
+    "swiglu": "SwiGLU",
+    "gelu": "GELU",
+    "rmsnorm": "RMSNorm",
+    "layernorm": "LayerNorm",
+}
+
+
+def describe_model(model: Mapping[str, Any]) -> list[str]:
+    """`4 layers`, `d_model 256`, `4 heads (MQA)`, ... of a model's config; missing keys are left out."""
+    parts = [count(model["n_layers"], "layer")] if "n_layers" in model else []
+    parts += [f"d_model {model['d_model']}"] if "d_model" in model else []
+    heads, shared = model.get("n_heads"), model.get("n_kv_heads")
+    if heads and shared:
+        kind = "MQA" if shared == 1 else "MHA" if shared == heads else f"GQA, {shared} for keys and values"
+        parts.append(f"{heads} heads ({kind})")
+    chosen = [(model.get("position") or {}).get("kind"), model.get("feed_forward"), model.get("norm")]
+    return parts + [SPELLING.get(name, name) for name in chosen if isinstance(name, str)]

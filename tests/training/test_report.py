@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from llmtrain.config import UserError
 from llmtrain.training import report
-from llmtrain.training.report import MOST_POINTS, by_step, describe_model, spread, thin, write_report
+from llmtrain.training.report import MOST_POINTS, by_step, spread, thin, write_report
 from llmtrain.training.report_mixture import stage_steps
 from llmtrain.training.report_page import Chart, Trace, page
 from llmtrain.training.run_directory import RunDirectory
-from llmtrain.training.words import span
+from llmtrain.training.words import describe_model, span
 
 HOSTILE = "</script><script>alert('sample')</script><img src=x onerror=alert(1)> & <b>"
 SOURCES = ("code", "prose")

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from llmtrain.config import Config, ExitCode, UserError
 from llmtrain.config.secrets import LEFT_OUT, redact
+from llmtrain.training import run_directory
 from llmtrain.training.run_directory import RunDirectory
 
 HOLD = """
@@ -125,6 +126,23 @@ def test_a_broken_line_is_named_and_an_unfinished_one_is_told(
     run.metrics.write_text('{"step": 1}\n{"step"')
     assert run.read_metrics() == [{"step": 1}]
     assert "not finished" in caplog.text
+
+
+def test_the_newest_lines_are_whole_and_a_broken_one_has_its_number(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run.newest_metrics() == []
+    for step in range(1, 101):
+        run.append_metrics({"step": step})
+    lengths = [len(line) + 1 for line in run.metrics.read_text().splitlines()]
+    for size in (1, 13, 14, 15, 26, 27, 28, 41, 10_000):
+        monkeypatch.setattr(run_directory, "NEWEST_BYTES", size)
+        whole = sum(sum(lengths[-count:]) <= size for count in range(1, 101))
+        assert [line["step"] for line in run.newest_metrics()] == [*range(101 - whole, 101)], size
+    run.metrics.write_text("".join('{"step": 1}\n' for _ in range(50)) + "nonsense\n")
+    monkeypatch.setattr(run_directory, "NEWEST_BYTES", 40)
+    with pytest.raises(UserError, match=r"metrics\.jsonl:51: not a JSON object"):
+        run.newest_metrics()
 
 
 # The lock
