@@ -8,6 +8,7 @@
 #   LLMTRAIN_VENV=DIR         the environment's place, instead of .venv
 #   LLMTRAIN_TORCH="..."      what pip installs as torch, options included, instead of this script's choice,
 #                             such as "torch>=2.11 --index-url https://download.pytorch.org/whl/cu126"
+#   LLMTRAIN_EXTRAS=s3,fast   extras of pyproject.toml to install, instead of dev
 #   LLMTRAIN_SKIP_SETUP=1     install nothing, use the Python environment that is active
 
 if [[ ${BASH_SOURCE[0]} != "$0" ]]; then
@@ -22,6 +23,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${LLMTRAIN_VENV:-$root/.venv}
 stamp=$venv/llmtrain-setup
 log=$root/.cache/setup.log
+extras=${LLMTRAIN_EXTRAS-dev}
 torch_floor="torch>=2.11"
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -29,11 +31,11 @@ fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 has_gpu() { [[ $(timeout 20 nvidia-smi -L 2>/dev/null || true) =~ GPU\ [0-9]+: ]]; }
 
-# What the installation depends on: the project's own needs, its place, the interpreter.
+# What the installation depends on: the project's own needs, extras asked for, its place, the interpreter.
 fingerprint() {
     local interpreter
     interpreter=$(grep -m1 '^version' "$venv/pyvenv.cfg")
-    printf '%s %s %s\n' "$(cksum <"$root/pyproject.toml")" "$root" "$interpreter"
+    printf '%s %s %s %s\n' "$(cksum <"$root/pyproject.toml")" "$extras" "$root" "$interpreter"
 }
 
 # The stamp's lines: fingerprint, torch's version, the LLMTRAIN_TORCH that asked for it or "auto".
@@ -183,7 +185,7 @@ set_up() {
     [[ -n $(installed_torch) ]] || fail "pip installed no torch: see $log"
     # llmtrain's other needs must not exchange the torch that was just chosen.
     printf 'torch==%s\n' "$(installed_torch)" >"$venv/constraints.txt"
-    install "llmtrain and its libraries" -c "$venv/constraints.txt" -e "${root}[dev]"
+    install "llmtrain and its libraries" -c "$venv/constraints.txt" -e "${root}[$extras]"
     check_torch
     printf '%s\n%s\n%s\n' "$(fingerprint)" "$(installed_torch)" "${LLMTRAIN_TORCH:-auto}" >"$stamp.new"
     mv "$stamp.new" "$stamp"

@@ -41,7 +41,12 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """Reads what torchrun, deepspeed, srun or mpirun tell their processes; a world of 1 without them."""
+        """Reads what torchrun, deepspeed, srun, mpirun or Kubernetes say; a world of 1 without them.
+
+        A pod of an Indexed Job is a rank only with WORLD_SIZE: a Job may as well hold several runs.
+        """
+        if "RANK" not in environment and {"JOB_COMPLETION_INDEX", "WORLD_SIZE"} <= set(environment):
+            environment = {**environment, "RANK": environment["JOB_COMPLETION_INDEX"]}
         if "RANK" in environment:
             return _from_torch(environment)
         if _is_srun_task(environment):

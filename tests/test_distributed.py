@@ -32,6 +32,11 @@ ENVIRONMENTS = {
         World(5, 8, 1, 4),
     ),
     "one process a pod": ({"RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "head"}, World(2, 3, 0, 1)),
+    "one process a pod of an Indexed Job": (
+        {"JOB_COMPLETION_INDEX": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "llmtrain-0.llmtrain"},
+        World(2, 3, 0, 1),
+    ),
+    "a run a pod of an Indexed Job": ({"JOB_COMPLETION_INDEX": "2"}, World(0, 1, 0, 1)),
     "by hand on one machine": (
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"},
         World(1, 2, 1, 2),
