@@ -17,8 +17,8 @@ from tests.training.test_report import HOSTILE, Page
 MORE = ["data.validation_fraction=0.3", "callbacks.evaluation.every=2", "callbacks.sample.prompts=[]"]
 
 DRAWN = """
-[...document.querySelectorAll(".js-plotly-plot")]
-  .filter(chart => chart.querySelector(".scatterlayer .trace:nth-child(2) path.js-line")).map(chart => chart.id)
+[...document.querySelectorAll(".js-plotly-plot")].map(chart => chart.id)
+  .filter(id => document.querySelector("#" + id + " .scatterlayer .trace:nth-child(2) path.js-line"))
 """
 
 

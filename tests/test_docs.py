@@ -17,7 +17,7 @@ from llmtrain.training.config import TrainConfig
 from tests.training.test_keys import keys
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {page: (DOCS / f"{page}.md").read_text() for page in ("data", "model", "reliability")}
+PAGES = {page: (DOCS / f"{page}.md").read_text() for page in ("data", "model", "reliability", "watching")}
 YAML = re.findall(r"```yaml\n(.*?)```", PAGES["data"], re.S)
 
 
@@ -66,6 +66,18 @@ def test_every_command_about_reliability_answers(ranks, tiny, tmp_path, monkeypa
             ranks.run([*tiny, "max_steps=2", "output_dir=runs/${name}", *words], 1, tmp_path)
         elif program == "llmtrain":
             assert llmtrain([name, *words]) == 0, command
+
+
+def test_every_command_about_watching_answers(ranks, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ranks.run([*tiny, "max_steps=2", "output_dir=runs/quickstart"], 1, tmp_path)
+    shutil.copytree("runs/quickstart", "runs/longer")
+    for command in commands("watching"):
+        program, *words = shlex.split(command)
+        runs = [str(run) for run in Path().glob("runs/*")]
+        words = [path for word in words for path in (runs if word == "runs/*" else [word])]
+        assert (program, llmtrain(words)) == ("llmtrain", 0), command
+    assert (tmp_path / "compare.html").is_file()
 
 
 def test_the_yaml_composes(tmp_path):

@@ -28,6 +28,9 @@ DRAWN_A_SECOND = 2.0
 MOST_SOURCES = 8
 """Sources that the display shows, those with the largest shares; of more it says how many."""
 
+MOST_NAME = 24
+"""Cells of a source's name."""
+
 COLORS = ("cyan", "yellow", "green", "magenta", "red", "blue")
 """Of the sources, in the order of the config, again and again."""
 
@@ -100,7 +103,8 @@ class ProgressBar:
         self._pace = _Pace(max_steps)
         self._line: Mapping[str, Any] = {"step": step}
         self._left = "first step"
-        self._console = Console(file=stream, stderr=stream is None)
+        # soft_wrap: what is printed above goes to the terminal as it is, so that no path is broken.
+        self._console = Console(file=stream, stderr=stream is None, soft_wrap=True)
         self._live = Live(
             get_renderable=self._draw,
             console=self._console,
@@ -159,9 +163,10 @@ def _shares(line: Mapping[str, Any]) -> Iterator[Text]:
     largest = sorted(names, key=lambda name: -(line[SHARE + name] or 0.0))[:MOST_SOURCES]
     for number, name in enumerate(names):
         if name in largest:
-            color = COLORS[number % len(COLORS)]
-            share = percent(line[SHARE + name] or 0.0)
-            yield Text.assemble(("\N{BLACK CIRCLE} ", color), f"{name} ", (share, "bold"))
+            called = Text(name)
+            called.truncate(MOST_NAME, overflow="ellipsis")
+            share = (percent(line[SHARE + name] or 0.0), "bold")
+            yield Text.assemble(("\N{BLACK CIRCLE} ", COLORS[number % len(COLORS)]), called, " ", share)
     if len(names) > MOST_SOURCES:
         yield Text(f"and {len(names) - MOST_SOURCES} more", "dim")
 

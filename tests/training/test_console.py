@@ -149,6 +149,8 @@ steps, sources = int(sys.argv[2]), int(sys.argv[3])
 found = config.build(RunDirectory(tempfile.mkdtemp()), SimpleNamespace(max_steps=steps))
 print([type(logger).__name__ for logger in found], flush=True)
 shares = {f"data/share/source{number}": 1 / (number + 1) for number in range(sources)}
+if sources > 10:
+    shares["data/share/" + 200 * "x"] = 0.9
 perf = {"perf/tokens_per_second": 950.0, "perf/step_seconds": 0.1, "perf/mfu": 0.4123}
 try:
     for step in range(1, steps + 1):
@@ -158,6 +160,7 @@ try:
         if step <= 3:
             logging.info("a record after step %d", step)
             print("printed after step", step, flush=True)
+            logging.info("a path: /%s/end", 100 * "long")
         else:
             time.sleep(0.05)
 finally:
@@ -227,6 +230,7 @@ def test_a_terminal_has_a_display_and_what_others_say_stays_whole_above_it() -> 
             assert re.search(rf"(^|\r){said} {when} *$", seen, re.MULTILINE), seen
     assert re.search(r"(^|\r)a record after the end *$", seen, re.MULTILINE), seen
     assert "held out after step 3: loss 2.5000, 1.2500 bits per byte" in seen
+    assert f"/{100 * 'long'}/end" in seen, "a path can be copied"
 
 
 def test_a_terminal_that_gets_narrow_gets_narrow_lines() -> None:
@@ -241,9 +245,10 @@ def test_a_terminal_that_gets_narrow_gets_narrow_lines() -> None:
     lines = [line.rpartition("\r")[2].rstrip() for line in terminal.text(narrow).splitlines()]
     assert max(map(len, lines)) <= 60, lines
     end = " ".join(terminal.text(narrow).split())
-    for part in ("80/80", "0:00 left", "loss 1.5000", "950 tok/s", "41.2 % MFU", "source7", "and 4 more"):
+    for part in ("80/80", "0:00 left", "loss 1.5000", "950 tok/s", "41.2 % MFU", "source6", "and 5 more"):
         assert part in end.rpartition("step ")[2], end
-    assert "source8" not in end, "the smallest shares are left out"
+    assert f"{23 * 'x'}… 90.0 %" in end
+    assert "source7" not in end, "the smallest shares are left out"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
