@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from llmtrain.data.batch import Batch
 from llmtrain.data.workers import Crew
 from llmtrain.training.engine.engine import Engine
 from llmtrain.training.heartbeat import Heart, Phase
+from llmtrain.training.run_directory import RunDirectory
 
 STEP = "LLMTRAIN_TEST_FAULT_STEP"
 """The step after which the fault comes."""
@@ -118,6 +120,25 @@ def write_nothing() -> None:
 
     if os.environ["RANK"] == "1":
         attempt.write_tensors = block
+
+
+def fill_the_disk() -> None:
+    """Rank 1 may write no file as large as its part of a checkpoint any more."""
+    _at_beat(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+
+
+def refuse_done() -> None:
+    """Not a byte of DONE can be written."""
+    mark_done = RunDirectory.mark_done
+
+    def refused(self: RunDirectory) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        try:
+            mark_done(self)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    RunDirectory.mark_done = refused  # type: ignore[method-assign]
 
 
 def make_nothing() -> None:
