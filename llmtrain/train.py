@@ -47,14 +47,14 @@ def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
     """Build every part in the order data flows, resume if there is a checkpoint, run the loop."""
     from llmtrain import distributed
     from llmtrain.data.prepare import prepare
-    from llmtrain.training.build import build_run, check_start, is_done, open_run, tokenizer_of
+    from llmtrain.training.build import build_run, check_job, is_done, open_run, tokenizer_of
     from llmtrain.training.heartbeat import Heart
     from llmtrain.training.preflight import preflight
     from llmtrain.training.trainer import begin, finish, fit
     from llmtrain.training.watchdog import longest_wait, watched
 
     heart = Heart()
-    check_start(config, world)
+    check_job(config, world)
     if is_done(config):
         return ExitCode.OK
     distributed.initialize(world, longest_wait(config.hang_timeout))

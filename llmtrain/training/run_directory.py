@@ -98,6 +98,10 @@ class RunDirectory:
         """Give the directory back; without a lock this does nothing."""
         self._lock.release()
 
+    def refuse_others(self) -> None:
+        """UserError with exit code 73 where another process is at work here; touches nothing."""
+        self._lock.refuse_others()
+
     def is_locked(self) -> bool:
         """Whether some process is at work in this directory."""
         return self._lock.is_taken()

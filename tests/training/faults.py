@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmtrain.config import UserError
+from llmtrain.config import UserError, door
 from llmtrain.data.batch import Batch
 from llmtrain.data.workers import Crew
 from llmtrain.training.engine.engine import Engine
@@ -120,6 +120,11 @@ def write_nothing() -> None:
 
     if os.environ["RANK"] == "1":
         attempt.write_tensors = block
+
+
+def wait_for_others() -> None:
+    """A rank that tells a mistake waits for its peer, however long that takes."""
+    door.SECONDS_FOR_OTHERS = 240.0
 
 
 def fill_the_disk() -> None:

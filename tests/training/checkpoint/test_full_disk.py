@@ -151,9 +151,7 @@ def test_a_last_step_that_is_not_saved_is_not_done(ranks, tiny, tmp_path):
     job = ranks.start(words, 2, tmp_path, {PATCH: "tests.training.faults:refuse_done"})
     assert job.wait() == [1, 1], job.output()
     (line,) = [line for line in job.output().splitlines() if "DONE" in line]
-    assert (
-        line == f"{run}/DONE: File too large; every step is saved: make room, and the same command writes it"
-    )
+    assert line.startswith(f"{run}/DONE: File too large; every step is saved: make room, and the same ")
     assert "Traceback" not in job.output() and not (run / "DONE").exists()
     ranks.run(words, 2, tmp_path)
     assert (run / "DONE").exists()
