@@ -78,6 +78,14 @@ class RunLock:
         self._touching = threading.Thread(target=touch, daemon=True, name="llmtrain-lock")
         self._touching.start()
 
+    def inherit(self) -> bool:
+        """Take a directory whose owner died with the lock; False where there is none such, or it lives."""
+        if not _record(self._file):
+            return False
+        with contextlib.suppress(UserError, OSError):
+            self.take()
+        return self.is_held
+
     def refuse_others(self) -> None:
         """The UserError of `take` where another process is at work in the directory; touches nothing."""
         with contextlib.suppress(OSError):  # where this user cannot even look, no run of theirs is at work

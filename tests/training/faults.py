@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -125,6 +126,22 @@ def write_nothing() -> None:
 def wait_for_others() -> None:
     """A rank that tells a mistake waits for its peer, however long that takes."""
     door.SECONDS_FOR_OTHERS = 240.0
+
+
+def lose_lines() -> None:
+    """What a check reads of its step has no loss."""
+    read = RunDirectory.read_metrics
+    RunDirectory.read_metrics = lambda self: [line | {"train/loss": None} for line in read(self)]
+
+
+def refuse_export() -> None:
+    """The disk has no room for an export."""
+    from llmtrain.training import trial
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trial.export = refused
 
 
 def fill_the_disk() -> None:

@@ -37,7 +37,7 @@ class Source(_Part):
     manifest_hash: str | None
     tokens: Count | None
     fingerprint: str
-    held: dict[str, Any] | None = None
+    held: tuple[Count, Count, Count] | None = None
 
 
 class Order(_Part):
