@@ -54,6 +54,7 @@ def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
     from llmtrain.training.watchdog import longest_wait, watched
 
     heart = Heart()
+    tick = partial(heart.beat, "prepare")
     check_job(config, world)
     if is_done(config):
         return ExitCode.OK
@@ -61,23 +62,28 @@ def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
     with ExitStack() as ends:
         directory = open_run(config, world)
         ends.callback(directory.unlock)
-        heart.beat("prepare")
-        prepared = prepare(
-            config.data,
-            tokenizer_of(config),
-            config.cache_dir,
-            background=config.data.prepares_in_background,
-            workers=config.data.workers,
-            world=world,
-        )
-        ends.enter_context(closing(prepared))
-        preflight(config, world, prepared.tokenizer)
-        with watched(directory, world, heart, config.hang_timeout, goes_on=config.resume != "never"):
-            run = build_run(config, world, directory, prepared, stop, heart)
-            begin(run)
-            fit(run)
-            code = finish(run)
-            distributed.finalize()
+        watch = watched(directory, world, heart, config.hang_timeout, goes_on=config.resume != "never")
+        run_begins = ends.enter_context(watch)
+        with distributed.patience():
+            tick()
+            prepared = prepare(
+                config.data,
+                tokenizer_of(config),
+                config.cache_dir,
+                background=config.data.prepares_in_background,
+                workers=config.data.workers,
+                world=world,
+                tick=tick,
+            )
+            ends.enter_context(closing(prepared))
+            preflight(config, world, prepared.tokenizer, tick)
+            distributed.barrier()
+        run = build_run(config, world, directory, prepared, stop, heart)
+        run_begins()
+        begin(run)
+        fit(run)
+        code = finish(run)
+        distributed.finalize()
     return code
 
 
