@@ -115,5 +115,5 @@ def test_a_directory_that_cannot_be_locked_is_told_in_one_line(ranks, tiny, tmp_
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     job = ranks.start(tiny, 2, tmp_path)
     assert job.wait() == [78, 78], job.output()
-    (line,) = [line for line in job.outputs[0].read_text().splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in job.output().splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: output_dir={tmp_path}/run: cannot be locked: ")
