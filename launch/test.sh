@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up and run the tests; arguments go to pytest.
+# Set up and run the tests: all of them in a process a core, four at most, or what the arguments tell pytest.
 #
 #   bash launch/test.sh
 #   bash launch/test.sh tests/data -x
@@ -21,4 +21,5 @@ trap sweep_shared_memory EXIT
 
 # Most tests run several small ranks at once: one thread each is fastest, and the same everywhere.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+(($#)) || set -- -n logical --maxprocesses 4 --dist loadfile
 python -m pytest -ra "$@"

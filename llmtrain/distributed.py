@@ -10,7 +10,8 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 """Instructions that make bf16 matrix products several times faster than fp32 ones on a CPU."""
+
+FOREVER = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -305,6 +308,35 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
         dist.all_reduce(tensor)
     return tensor
+
+
+def collectives() -> int:
+    """How many collectives this rank has begun in groups of all ranks, whoever made the groups."""
+    if not _is_grouped():
+        return 0
+    from torch.distributed import distributed_c10d
+
+    groups: list[Any] = list(distributed_c10d._world.pg_map)
+    return sum(g._get_sequence_number_for_group() for g in groups if g.size() == world_size())
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Within, ranks wait for each other as long as it takes."""
+    if not _is_grouped():
+        yield
+        return
+    import torch
+    from torch.distributed import distributed_c10d, get_backend
+
+    everyone: Any = distributed_c10d.group.WORLD
+    device = torch.device("cuda" if get_backend() == "nccl" else "cpu")
+    before = everyone._get_backend(device).options._timeout
+    distributed_c10d._set_pg_timeout(FOREVER, everyone)
+    try:
+        yield
+    finally:
+        distributed_c10d._set_pg_timeout(before, everyone)
 
 
 # The machine

@@ -47,37 +47,43 @@ def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
     """Build every part in the order data flows, resume if there is a checkpoint, run the loop."""
     from llmtrain import distributed
     from llmtrain.data.prepare import prepare
-    from llmtrain.training.build import build_run, check_start, is_done, open_run, tokenizer_of
+    from llmtrain.training.build import build_run, check_job, is_done, open_run, tokenizer_of
     from llmtrain.training.heartbeat import Heart
     from llmtrain.training.preflight import preflight
     from llmtrain.training.trainer import begin, finish, fit
     from llmtrain.training.watchdog import longest_wait, watched
 
     heart = Heart()
-    check_start(config, world)
+    tick = partial(heart.beat, "prepare")
+    check_job(config, world)
     if is_done(config):
         return ExitCode.OK
     distributed.initialize(world, longest_wait(config.hang_timeout))
     with ExitStack() as ends:
         directory = open_run(config, world)
         ends.callback(directory.unlock)
-        heart.beat("prepare")
-        prepared = prepare(
-            config.data,
-            tokenizer_of(config),
-            config.cache_dir,
-            background=config.data.prepares_in_background,
-            workers=config.data.workers,
-            world=world,
-        )
-        ends.enter_context(closing(prepared))
-        preflight(config, world, prepared.tokenizer)
-        with watched(directory, world, heart, config.hang_timeout, goes_on=config.resume != "never"):
-            run = build_run(config, world, directory, prepared, stop, heart)
-            begin(run)
-            fit(run)
-            code = finish(run)
-            distributed.finalize()
+        watch = watched(directory, world, heart, config.hang_timeout, goes_on=config.resume != "never")
+        run_begins = ends.enter_context(watch)
+        with distributed.patience():
+            tick()
+            prepared = prepare(
+                config.data,
+                tokenizer_of(config),
+                config.cache_dir,
+                background=config.data.prepares_in_background,
+                workers=config.data.workers,
+                world=world,
+                tick=tick,
+            )
+            ends.enter_context(closing(prepared))
+            preflight(config, world, prepared.tokenizer, tick)
+            distributed.barrier()
+        run = build_run(config, world, directory, prepared, stop, heart)
+        run_begins()
+        begin(run)
+        fit(run)
+        code = finish(run)
+        distributed.finalize()
     return code
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import RankServer
 from tests.tiny import tiny_run, write_corpus
+from tests.turns import turn
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,16 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that a run takes over, and leaves ignored: children would inherit that."""
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Where pytest-xdist runs tests side by side, none of them runs beside one marked `quiet`."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    together = Path(item.config.option.basetemp).parent
+    with turn(together, quiet=item.get_closest_marker("quiet") is not None):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,11 @@ under the environment that torchrun would set. Its standard output and error go 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -43,10 +45,12 @@ PATCH = "LLMTRAIN_TEST_PATCH"
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A TCP port that nobody listens on, below those that systems give to clients."""
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass

@@ -165,6 +165,7 @@ def test_medians_are_of_numbers_only() -> None:
     assert measure.medians(results) == {"a": 2.0, "name": "x", "none": None}
 
 
+@pytest.mark.quiet
 def test_rate_counts_units_a_second_without_warm_up_and_without_starting_over() -> None:
     def steps() -> Iterator[int]:
         for number in count():
@@ -247,6 +248,7 @@ def test_the_deviation_is_the_largest_of_any_source_after_any_row() -> None:
     assert largest_deviation(marks, weights) == pytest.approx(float(worst))
 
 
+@pytest.mark.quiet
 def test_loaders_are_measured_and_those_that_cannot_be_are_named(tmp_path: Path) -> None:
     candidates = {
         name: CANDIDATES[name] for name in (OURS, "llmtrain, prefetch thread", "nanoGPT random crop")
@@ -409,6 +411,7 @@ def test_a_hundred_gigabytes_of_shards_take_little_memory(tmp_path: Path) -> Non
     assert 50 < found["memory_after_all_of_it,_MB"] < 700
 
 
+@pytest.mark.quiet
 def test_a_step_of_the_trainer_is_measured_beside_deepspeed_s(tmp_path: Path) -> None:
     """How close the two are is for a quiet machine to say; here, that both were measured and are alike."""
     output = tmp_path / "step.json"
@@ -421,6 +424,7 @@ def test_a_step_of_the_trainer_is_measured_beside_deepspeed_s(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
 
 
+@pytest.mark.quiet
 def test_saves_are_measured_beside_deepspeed_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "save.json"
     words = ["save", "--sizes", "10", "--rounds", "1", "--output", str(output), "--directory", str(tmp_path)]

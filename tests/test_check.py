@@ -15,6 +15,7 @@ from llmtrain.config import UserError
 from llmtrain.training import preflight, trial
 from llmtrain.training.preflight import Note, Report
 from llmtrain.training.trial import PREFIX
+from tests.ranks import PATCH, Job
 
 LINE = re.compile(r"(ok|warning|failed) +([\w ]+): (.*) \(\d+\.\d s\)")
 CHINESE = "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。"
@@ -56,18 +57,50 @@ def test_a_run_that_goes_on_is_tried_and_left_alone(ranks, tiny, tmp_path):
     assert lines(job.outputs[1].read_text()) == []
 
 
-def test_sigterm_in_the_middle_leaves_nothing(ranks, tiny, tmp_path):
-    job = ranks.start([*tiny, "global_batch_size=4096", "micro_batch_size=1"], 1, tmp_path, door="check")
+def wait_for_build(job: Job) -> None:
     deadline = time.monotonic() + 240
     (output,) = job.outputs
     while not (output.exists() and "ok       build:" in output.read_text()):
-        assert time.monotonic() < deadline and job.server.poll(job.pids) == [None], job.output()
+        assert time.monotonic() < deadline and job.codes() == [None], job.output()
         time.sleep(0.05)
+
+
+def test_sigterm_in_the_middle_leaves_nothing(ranks, tiny, tmp_path):
+    job = ranks.start([*tiny, "global_batch_size=4096", "micro_batch_size=1"], 1, tmp_path, door="check")
+    wait_for_build(job)
     assert list(tmp_path.glob(f"{PREFIX}*"))
     job.kill(signal.SIGTERM)
     assert job.wait() == [128 + signal.SIGTERM], job.output()
     assert list(tmp_path.glob(f"{PREFIX}*")) == []
     assert not (tmp_path / "run").exists()
+
+
+def test_what_fails_on_rank_0_alone_ends_every_rank_with_one_line(ranks, tiny, tmp_path):
+    """It tells of the step, and exports; the others would wait for it."""
+    for patch, code, says in (
+        ("lose_lines", [78, 78], "the first step has loss None"),
+        ("refuse_export", [1, 1], "No space left on device"),
+    ):
+        environment = {PATCH: f"tests.training.faults:{patch}"}
+        job = ranks.start(tiny, 2, tmp_path, environment, door="check")
+        assert job.wait() == code, job.output()
+        (line,) = [line for line in job.output().splitlines() if line.startswith("error: ")]
+        assert says in line and "Traceback" not in job.output()
+        assert list(tmp_path.glob(f"{PREFIX}*")) == []
+
+
+def test_what_a_killed_check_left_is_removed_by_the_next_and_what_lives_stays(ranks, tiny, tmp_path):
+    job = ranks.start([*tiny, "global_batch_size=4096", "micro_batch_size=1"], 1, tmp_path, door="check")
+    wait_for_build(job)
+    (left,) = tmp_path.glob(f"{PREFIX}*")
+    trial.sweep(tmp_path)
+    assert (left / "run" / "config.yaml").exists(), "it was at work"
+    job.kill()
+    job.wait()
+    begun = tmp_path / f"{PREFIX}just-made"
+    begun.mkdir()
+    trial.sweep(tmp_path)
+    assert [*tmp_path.glob(f"{PREFIX}*")] == [begun]
 
 
 def test_a_state_that_comes_back_otherwise_is_found(tiny, tmp_path, monkeypatch, capsys):

@@ -110,25 +110,26 @@ def ended(tmp_path: Path) -> RunDirectory:
     directory.config.write_text("max_steps: 10\nhang_timeout: 600\n")
     directory.append_event("start", step=0, seconds={})
     beat = {"job": "this", "rank": 0, "host": "a", "pid": 7, "phase": "forward", "step": 3, "turn": 1,
-            "waits": False, "source": "", "seconds": 1.0, "time": time.time(), "answers": False,
-            "goodput": {"productive": 3.0, "idle": 1.0}, "trained": 2}  # fmt: skip
+            "waits": False, "collectives": 0, "beat": 0.0, "source": "",
+            "seconds": 1.0, "time": time.time(), "answers": False, "goodput": {"productive": 3.0, "idle": 1.0}, "trained": 2}  # fmt: skip
     directory.write_json("heartbeats/rank_00000.json", beat)
     return directory
 
 
-def crash(directory: RunDirectory, rank: int, job: str, *, secondary: bool) -> None:
-    said = {"job": job, "host": "b", "rank": rank, "type": "OSError", "message": f"of {rank}\nmore"}
+def crash(directory: RunDirectory, rank: int, time: str, *, secondary: bool) -> None:
+    said = {"time": time, "host": "b", "rank": rank, "type": "OSError", "message": f"of {rank}\nmore"}
     directory.write_json(f"crash-rank{rank}.json", {**said, "secondary": secondary})
 
 
 def test_an_error_is_that_of_the_rank_that_failed_first(ended: RunDirectory) -> None:
-    crash(ended, 0, "this", secondary=True)
-    crash(ended, 1, "this", secondary=False)
+    crash(ended, 0, "2999-01-01", secondary=True)
+    crash(ended, 1, "2999-01-03", secondary=False)
+    crash(ended, 2, "2999-01-02", secondary=False)
     seen = status_of(ended.path)
-    assert (seen.state, seen.why) == ("failed", "rank 1 on host b: OSError: of 1")
+    assert (seen.state, seen.why) == ("failed", "rank 2 on host b: OSError: of 2")
     assert seen.goodput == {"productive": 0.75, "idle": 0.25}
-    crash(ended, 0, "earlier", secondary=False)
-    crash(ended, 1, "earlier", secondary=False)
+    for rank in (0, 1, 2):
+        crash(ended, rank, "1999-01-01", secondary=False)
     assert status_of(ended.path).state == "dead", "an earlier job's"
 
 
@@ -136,13 +137,15 @@ def test_an_error_is_that_of_the_rank_that_failed_first(ended: RunDirectory) -> 
     ("event", "state", "why"),
     [
         ({"kind": "hang", "verdict": "rank 1 sleeps"}, "hung", "rank 1 sleeps; the job ended itself"),
-        ({"kind": "end"}, "failed", "trained to step 9, which is not saved"),
+        ({"kind": "end"}, "failed", "every step is saved; DONE could not be written"),
+        ({"kind": "save_failed"}, "dead", "ended without a word"),
+        ({"kind": "save_failed", "step": 10}, "failed", "the last step could not be saved"),
         ({"kind": "rewind"}, "stopped", "to go back before a loss spike; the same command does"),
         ({"kind": "save"}, "dead", "ended without a word, last heard of in forward of step 3"),
     ],
 )
 def test_the_last_word_of_a_run(ended: RunDirectory, event: dict[str, Any], state: str, why: str) -> None:
-    ended.append_event(**event, step=9)
+    ended.append_event(**{"step": 9, **event})
     seen = status_of(ended.path)
     assert seen.state == state and seen.why.startswith(why)
     ended.append_event("resume", step=9, seconds={})
@@ -153,8 +156,12 @@ def test_a_process_that_does_not_train_yet_is_starting(ended: RunDirectory) -> N
     ended.lock()
     assert status_of(ended.path).state == "starting", "the heartbeat is another process's"
     beat = ended.read_json("heartbeats/rank_00000.json") | {"pid": os.getpid()}
-    ended.write_json("heartbeats/rank_00000.json", beat | {"phase": "build"})
+    ended.write_json(".starting/rank_00000.json", beat | {"phase": "build"})
     assert status_of(ended.path).why == "in build, 1 rank"
+    written = ended.config.rename(ended.path / "aside")
+    assert (status_of(ended.path).state, status_of(ended.path).max_steps) == ("starting", None)
+    written.rename(ended.config)
+    (ended.starting / "rank_00000.json").unlink()
     ended.write_json("heartbeats/rank_00000.json", beat | {"time": time.time()})
     assert status_of(ended.path).state == "running"
     ended.unlock()

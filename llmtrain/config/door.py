@@ -11,14 +11,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.secrets import without_secrets
 from llmtrain.distributed import World, quiet_threads
 
 SECONDS_FOR_OTHERS = 3.0
-"""How long a rank that told a mistake waits for others that come with the same one."""
+"""How long a rank that told a mistake waits at most for others here that come with the same one."""
 
 
 def plain_door(run: Callable[[], int | None]) -> int:
@@ -55,32 +55,45 @@ def _report(lines: Sequence[str], exit_code: int, world: World) -> int:
     is_signal = exit_code > 128
     if is_signal and not world.is_main:
         return exit_code
-    with _only_speaker(lines, world) as speaks:
-        if speaks:
+    with _only_speaker(lines, world) as claim:
+        if claim is not None:
             where = "" if world.is_main else f" (rank {world.rank} on {socket.gethostname()})"
             sys.stderr.write("".join(f"error: {without_secrets(line)}{where}\n" for line in lines))
             sys.stderr.flush()
-            if world.world_size > 1 and not is_signal:
-                time.sleep(SECONDS_FOR_OTHERS)
+            if not is_signal:
+                _await_others(claim, world.local_world_size - 1 or world.world_size - 1)
     return exit_code
 
 
 @contextmanager
-def _only_speaker(lines: Sequence[str], world: World) -> Iterator[bool]:
-    """Whether this is the first of a job's ranks on this machine to come with these lines.
+def _only_speaker(lines: Sequence[str], world: World) -> Iterator[socket.socket | None]:
+    """A claim for the first of a job's ranks on this machine that comes with these lines, None for others.
 
-    The first one holds a socket in Linux's abstract name space, which leaves nothing behind.
+    The claim is a socket in Linux's abstract name space, which leaves nothing behind; others knock at it.
     """
     job = (os.getppid(), os.environ.get("MASTER_PORT"), os.environ.get("SLURM_JOB_ID"), *lines)
     name = hashlib.sha256(repr(job).encode()).hexdigest()[:32]
     with socket.socket(socket.AF_UNIX) as claim:
-        try:
-            if world.world_size > 1 and sys.platform == "linux":
-                claim.bind(f"\0llmtrain-{name}")
-        except OSError:
-            yield False
-            return
-        yield True
+        if world.world_size > 1 and sys.platform == "linux":
+            address = f"\0llmtrain-{name}"
+            try:
+                claim.bind(address)
+                claim.listen(world.world_size)
+            except OSError:
+                with suppress(OSError):  # it may just leave
+                    claim.connect(address)
+                yield None
+                return
+        yield claim
+
+
+def _await_others(claim: socket.socket, others: int) -> None:
+    """Return when so many have knocked, or SECONDS_FOR_OTHERS later; at once where nobody can."""
+    deadline = time.monotonic() + SECONDS_FOR_OTHERS
+    with suppress(OSError):
+        for _ in range(others):
+            claim.settimeout(max(0.001, deadline - time.monotonic()))
+            claim.accept()[0].close()
 
 
 class _WithoutSecrets(logging.Formatter):

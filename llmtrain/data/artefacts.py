@@ -1,4 +1,8 @@
-"""Directories that are made once: under a lock, aside, and visible only when whole."""
+"""Directories that are made once: under a lock, aside, and visible only when whole.
+
+A process that holds a lock touches the file as it gets on, and who waits for it sees the time change: that is
+how one job knows that another one, on whatever machine, still prepares what both want.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,7 +33,18 @@ HEAD_START = 1.0
 """Seconds that local rank 0 has the lock to itself: people watch its console."""
 POLL = 0.2
 REMIND = 5.0
+TOUCH = 5.0
+"""Seconds between two touches of a lock file by its holder, at least."""
+LOOK, WORKS = 1.0, 0.02
+"""Seconds between two looks at the processor time of a computation, and the share of them that it uses."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+Tick = Callable[[], None]
+"""Called whenever a piece of work has got on; costs next to nothing."""
+
+
+def no_tick() -> None:
+    """Where nobody wants to know."""
 
 
 def artefact_key(*parts: Any) -> str:
@@ -35,11 +52,12 @@ def artefact_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def make_once(directory: Path, build: Callable[[Path], None], what: str) -> Path:
+def make_once(directory: Path, build: Callable[[Path], None], what: str, tick: Tick = no_tick) -> Path:
     """Have `build` fill a new directory that then becomes `directory`, unless that exists; return it.
 
     Any number of processes may ask at once: one builds, the others wait. A builder that is killed leaves
-    only a hidden `.tmp-` directory, which the next one clears away before it starts anew.
+    only a hidden `.tmp-` directory, which the next one clears away before it starts anew. `tick` is called
+    as long as somebody gets on: `build` while it computes, here or where the lock is held.
     """
     if directory.is_dir():
         return directory
@@ -47,7 +65,8 @@ def make_once(directory: Path, build: Callable[[Path], None], what: str) -> Path
         time.sleep(HEAD_START)
     with cache_errors(directory.parent, what):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with locked(directory.with_name(f".{directory.name}.lock"), what):
+        lock = directory.with_name(f".{directory.name}.lock")
+        with locked(lock, what, tick), computing(touching(lock, tick)):
             if not directory.is_dir():
                 _build_aside(directory, build)
     return directory
@@ -113,11 +132,18 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold an flock, which the kernel takes back however the process ends."""
+def locked(path: Path, what: str, tick: Tick = no_tick) -> Iterator[None]:
+    """Hold an flock, which the kernel takes back however the process ends.
+
+    While another process has it `tick` is called whenever that one has touched the file.
+    """
     with path.open("a") as file:
-        waiting = spoke = time.monotonic()
+        waiting, seen = time.monotonic(), touched_at(path)
+        spoke = waiting
         while not take_flock(file.fileno()):
+            if (now := touched_at(path)) != seen:
+                seen = now
+                tick()
             if time.monotonic() - spoke > REMIND:
                 spoke = time.monotonic()
                 logger.info("%s: another process is at work on it (%.0f s)", what, spoke - waiting)
@@ -136,6 +162,50 @@ def take_flock(descriptor: int, wait: bool = False, without: bool = True) -> boo
             raise
         return without
     return True
+
+
+def touching(path: Path, tick: Tick) -> Tick:
+    """`tick` that other processes notice, too: it touches the lock file that this one holds."""
+    last = -TOUCH
+
+    def touch() -> None:
+        nonlocal last
+        tick()
+        if (now := time.monotonic()) - last >= TOUCH:
+            last = now
+            with contextlib.suppress(OSError):  # a disk in trouble: the work itself will say so
+                os.utime(path)
+
+    return touch
+
+
+def touched_at(path: Path) -> int:
+    """When a lock file was touched last, in ns of its file system; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@contextlib.contextmanager
+def computing(tick: Tick) -> Iterator[None]:
+    """Call `tick` as long as this process uses its processors: a library's loop calls nobody."""
+    done = threading.Event()
+
+    def look() -> None:
+        before = time.process_time()
+        while not done.wait(LOOK):
+            if (now := time.process_time()) - before > WORKS * LOOK:
+                tick()
+            before = now
+
+    thread = threading.Thread(target=look, name="llmtrain-computing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @cache

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from llmtrain.config import UserError
 from llmtrain.config.secrets import without_secrets
 from llmtrain.data import readers
-from llmtrain.data.artefacts import artefact_key, locked, write_whole
+from llmtrain.data.artefacts import Tick, artefact_key, locked, no_tick, write_whole
 from llmtrain.data.config import DataConfig, SourceConfig
 from llmtrain.data.records import Part
 from llmtrain.data.shard_format import load_manifest
@@ -128,8 +128,8 @@ class Preparation:
                 check_bad(self.name, self.source, self.rules, count, self._stretches[count.file] > 1)
         self._say_not_kept(self._not_kept(numbers))
 
-    def finish(self) -> bool:
-        """Index both splits if every part is done; whether that is so.
+    def finish(self, tick: Tick = no_tick) -> bool:
+        """Index both splits if every part is done; whether that is so. `tick` while another one does it.
 
         UserError where a file turns out to have too many bad records, or nothing is left to train on.
         """
@@ -137,7 +137,7 @@ class Preparation:
             return True
         if len(self.done()) < len(self.parts):
             return False
-        with locked(self.directory / ".index.lock", f"source {self.name}"):
+        with locked(self.directory / ".index.lock", f"source {self.name}", tick):
             if not self.complete:
                 self._index()
         return True

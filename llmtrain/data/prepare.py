@@ -15,7 +15,16 @@ from pathlib import Path
 
 from llmtrain.config import UserError
 from llmtrain.data import readers
-from llmtrain.data.artefacts import HEAD_START, POLL, REMIND, artefact_key, cache_errors, make_once
+from llmtrain.data.artefacts import (
+    HEAD_START,
+    POLL,
+    REMIND,
+    Tick,
+    artefact_key,
+    cache_errors,
+    make_once,
+    no_tick,
+)
 from llmtrain.data.config import DataConfig, SourceConfig
 from llmtrain.data.growing import VERSION, Preparation
 from llmtrain.data.prepared import Prepared, PreparedSource, absolute, is_prepared, open_place
@@ -23,7 +32,7 @@ from llmtrain.data.progress import Progress, SilentProgress, console_progress, w
 from llmtrain.data.readers.files import is_url
 from llmtrain.data.records import Document, Slice
 from llmtrain.data.shards import Header, LocalShards
-from llmtrain.data.tokenizing import TRAIN, VALIDATION, boundary_ids, is_held_out, make
+from llmtrain.data.tokenizing import TRAIN, VALIDATION, boundary_ids, is_held_out, make, worked_at
 from llmtrain.data.workers import NICE, Crew, Job
 from llmtrain.distributed import World, usable_cores
 from llmtrain.tokenizer import (
@@ -63,42 +72,47 @@ def prepare(
     part: tuple[int, int] = (1, 1),
     workers: int | None = None,
     world: World | None = None,
+    tick: Tick = no_tick,
 ) -> Prepared:
     """Shards of every source and the tokenizer they were made with; quick where they exist already.
 
     Any number of processes and machines may call it at any time: each part is made by one of them. With
     `background` it returns while parts are still made, by processes of local rank 0. `part` (3, 16) makes
     the third of sixteen shares only. `world` is this process's place where the environment does not say it.
+    `tick` is called as long as the work gets on, be it another process's that is waited for.
     UserError for text that cannot be read, a boundary policy that the tokenizer cannot serve, or prepared
     shards of another tokenizer.
     """
-    check_inputs(data)
+    check_inputs(data, tick)
     world = world or World.from_environment()
     if isinstance(tokenizer, TokenizerConfig):
-        tokenizer, _ = build_tokenizer(data, tokenizer, cache_dir)
+        tokenizer, _ = build_tokenizer(data, tokenizer, cache_dir, tick)
     boundary_ids(data.boundary, tokenizer)
-    prepared = look(data, tokenizer, cache_dir)
-    jobs = _missing(prepared, part)
+    prepared = look(data, tokenizer, cache_dir, tick)
+    jobs = _missing(prepared, part, tick)
     if jobs and background and not _is_small(jobs):
-        if (saved := _saved(tokenizer, cache_dir)) is not None:
+        if (saved := _saved(tokenizer, cache_dir, tick)) is not None:
             prepared.crew = _crew_beside(jobs, tokenizer, saved, workers, world)
             return prepared
         logger.info(
             "data.preparation=background: other processes cannot load a %s, so everything is prepared first",
             type(tokenizer).__name__,
         )
-    _make_all(jobs, tokenizer, cache_dir, progress, workers, world)
+    _make_all(jobs, tokenizer, cache_dir, progress, workers, world, tick)
     return _without_empty(prepared)
 
 
-def look(data: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Prepared:
+def look(data: DataConfig, tokenizer: Tokenizer, cache_dir: Path, tick: Tick = no_tick) -> Prepared:
     """What is there of every source's shards; nothing is made."""
     header = Header(tokenizer.fingerprint, tokenizer.vocab_size, data.boundary)
-    sources = {name: _source(name, source, data, header, cache_dir) for name, source in data.sources.items()}
+    sources = {}
+    for name, source in data.sources.items():
+        sources[name] = _source(name, source, data, header, cache_dir)
+        tick()
     return Prepared(tokenizer, sources, cache_dir, data.remote_cache_bytes)
 
 
-def check_inputs(data: DataConfig) -> None:
+def check_inputs(data: DataConfig, tick: Tick = no_tick) -> None:
     """Raise, before any work, if a source's files are not there or its keys do not suit them."""
     mistakes = []
     for name, source in data.sources.items():
@@ -107,6 +121,7 @@ def check_inputs(data: DataConfig) -> None:
         except UserError as error:
             key = f"data.sources.{name}" if source.path is None else f"data.sources.{name}.path="
             mistakes += [f"{key}{line}" if source.path else f"{key} {line}" for line in error.lines]
+        tick()
     if mistakes:
         raise UserError(*mistakes)
 
@@ -134,11 +149,12 @@ def prepared_tokens(
 # Which parts, and who makes them
 
 
-def _missing(prepared: Prepared, part: tuple[int, int]) -> list[Job]:
+def _missing(prepared: Prepared, part: tuple[int, int], tick: Tick) -> list[Job]:
     """The parts of all sources that are not there and are in this share; what is there is looked at again."""
     share, shares = part
     jobs: dict[tuple[Path, int], Job] = {}
     for name, source in prepared.sources.items():
+        tick()
         preparation = source.preparation
         if preparation is None:
             continue
@@ -153,7 +169,7 @@ def _missing(prepared: Prepared, part: tuple[int, int]) -> list[Job]:
                 job = Job(preparation, number)
                 jobs.setdefault(job.key, job)
         if len(done) == len(preparation.parts):  # only the index is missing
-            preparation.finish()
+            preparation.finish(tick)
     return list(jobs.values())
 
 
@@ -169,6 +185,7 @@ def _make_all(
     progress: Progress | None,
     workers: int | None,
     world: World,
+    tick: Tick,
 ) -> None:
     """Have all these parts there, by processes if that is worth it."""
     if not jobs:
@@ -179,16 +196,17 @@ def _make_all(
     for preparation in _preparations(jobs):
         preparation.forget_failure()
         preparation.check(preparation.done())
+        tick()
     workers = min(workers or usable_cores(), len(jobs))
     directory = None
     if workers > 1 and not _is_small(jobs) and world.local_rank == 0:
-        directory = _saved(tokenizer, cache_dir)
+        directory = _saved(tokenizer, cache_dir, tick)
     sizes = [job.size for job in jobs]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     progress = progress or console_progress()
     names = dict.fromkeys(job.preparation.name for job in jobs)
     with work(progress, f"prepare {', '.join(names)}", total):
-        tell = _Totals(progress)
+        tell = _Totals(progress, tick)
         if directory is None:
             _make_here(jobs, tokenizer, tell)
         else:
@@ -196,19 +214,21 @@ def _make_all(
 
 
 class _Totals:
-    """Adds up what becomes of parts, for the progress of all of them."""
+    """Adds up what becomes of parts, for the progress of all of them; ticks."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._sums = progress, [0, 0, 0, 0]
+    def __init__(self, progress: Progress, tick: Tick) -> None:
+        self._progress, self.tick, self._sums = progress, tick, [0, 0, 0, 0]
 
     def __call__(self, *more: int) -> None:
+        self.tick()
         self._sums = [total + new for total, new in zip(self._sums, more, strict=True)]
         self._progress.update(*self._sums)
 
 
 def _make_here(jobs: list[Job], tokenizer: Tokenizer, tell: _Totals) -> None:
-    """Make parts one after another in this process; wait for those that others have."""
+    """Make parts one after another in this process; wait for those that others have, as long as it takes."""
     left, spoke = list(jobs), time.monotonic()
+    seen: list[int] = []
     while left:
         elsewhere = []
         for job in left:
@@ -221,9 +241,12 @@ def _make_here(jobs: list[Job], tokenizer: Tokenizer, tell: _Totals) -> None:
                 name = left[0].preparation.name
                 logger.info("source %s: another process is at work on it (%d parts)", name, len(left))
             time.sleep(POLL)
-        left = elsewhere
+        left, before = elsewhere, seen
+        seen = [worked_at(*job.key) for job in left]
+        if seen != before:
+            tell.tick()
     for preparation in _preparations(jobs):
-        preparation.finish()
+        preparation.finish(tell.tick)
 
 
 def _crew_beside(
@@ -245,10 +268,10 @@ def _preparations(jobs: list[Job]) -> list[Preparation]:
     return list({job.preparation.directory: job.preparation for job in jobs}.values())
 
 
-def _saved(tokenizer: Tokenizer, cache_dir: Path) -> Path | None:
+def _saved(tokenizer: Tokenizer, cache_dir: Path, tick: Tick) -> Path | None:
     """A directory that other processes can load the tokenizer from; None for one that we cannot load."""
     directory = cache_dir.expanduser() / "tokenizers" / f"saved-{tokenizer.fingerprint[:32]}"
-    make_once(directory, tokenizer.save, "tokenizer")
+    make_once(directory, tokenizer.save, "tokenizer", tick)
     try:
         same = load_tokenizer(directory).fingerprint == tokenizer.fingerprint
     except UserError:
@@ -338,17 +361,17 @@ def _already_prepared(
 
 
 def build_tokenizer(
-    data: DataConfig, config: TokenizerConfig, cache_dir: Path
+    data: DataConfig, config: TokenizerConfig, cache_dir: Path, tick: Tick = no_tick
 ) -> tuple[Tokenizer, Path | None]:
     """The tokenizer, and the directory in the cache where it is if it was trained there."""
-    check_inputs(data)
+    check_inputs(data, tick)
     if not (isinstance(config, SentencePieceConfig) and config.path is None):
         return config.load(), None
-    directory = train_tokenizer(data, config.vocab_size, cache_dir)
+    directory = train_tokenizer(data, config.vocab_size, cache_dir, tick)
     return load_tokenizer(directory), directory
 
 
-def train_tokenizer(data: DataConfig, vocab_size: int, cache_dir: Path) -> Path:
+def train_tokenizer(data: DataConfig, vocab_size: int, cache_dir: Path, tick: Tick = no_tick) -> Path:
     """A SentencePiece model trained on the training documents, once; the directory it is in."""
     texts = _texts(data)
     prints = sorted(readers.fingerprint(source) for source in texts.values())
@@ -359,7 +382,7 @@ def train_tokenizer(data: DataConfig, vocab_size: int, cache_dir: Path) -> Path:
         sample = (document.text for document in sample_documents(data))
         train_sentencepiece(sample, vocab_size, directory / "tokenizer.model")
 
-    return make_once(cache_dir.expanduser() / "tokenizers" / key, build, "tokenizer")
+    return make_once(cache_dir.expanduser() / "tokenizers" / key, build, "tokenizer", tick)
 
 
 def _texts(data: DataConfig) -> dict[str, SourceConfig]:

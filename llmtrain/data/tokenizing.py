@@ -28,7 +28,7 @@ import numpy as np
 from llmtrain.config import UserError
 from llmtrain.config.secrets import without_secrets
 from llmtrain.data import readers
-from llmtrain.data.artefacts import claimed, kernel, publish, take_flock
+from llmtrain.data.artefacts import claimed, kernel, no_tick, publish, take_flock, touched_at, touching
 from llmtrain.data.config import Boundary, DataConfig, SourceConfig
 from llmtrain.data.records import EMPTY, Document, Part, Record, Rejected, Slice, TokenDocument
 from llmtrain.data.shards import Header, ShardWriter, shard_path
@@ -47,13 +47,15 @@ CHECK_EVERY = 2048
 """Of so many documents one is encoded by the tokenizer's reference too: about 2 % of all the work."""
 ALLOWANCE = 10
 """Bad records beyond its share that a stretch of a file may have, for it is the whole file that counts."""
+TELL_RECORDS = 4096
+"""Records after which it is told that reading gets on, also where none of them has text."""
 HOPELESS = (1000, 10)
 """Reading stops early where, of so many records, so many times the allowed share is bad."""
 
 Tell = Callable[[int, int, int, int], None]
 """Told after each batch how much more there is: bytes of input, documents, bytes of text, tokens.
 
-Less than nothing where a part is made again.
+Less than nothing where a part is made again; nothing where the work only gets on.
 """
 
 
@@ -166,18 +168,30 @@ class Report:
 def make(task: Task, tokenizer: Tokenizer, tell: Tell) -> bool:
     """Have the part's shards there; False where another process is at work on them.
 
-    Any number of processes may be asked for the same part. UserError for text that cannot be used.
+    Any number of processes may be asked for the same part; `worked_at` shows them that the one who makes it
+    gets on. UserError for text that cannot be used.
     """
     if task.done:
         return True
     claim = _claim(task.directory, task.number)
     claim.parent.mkdir(exist_ok=True)
+    touch = touching(claim, no_tick)
+
+    def tell_all(*more: int) -> None:
+        touch()
+        tell(*more)
+
     with claimed(claim) as mine:
         if not mine:
             return False
         if not task.done:
-            _make_aside(task, tokenizer, tell)
+            _make_aside(task, tokenizer, tell_all)
     return True
+
+
+def worked_at(directory: Path, number: int) -> int:
+    """Differs from what it was if the process that makes a part has got on since, or left it."""
+    return touched_at(_claim(directory, number))
 
 
 def _make_aside(task: Task, tokenizer: Tokenizer, tell: Tell) -> None:
@@ -318,6 +332,8 @@ class _Tokenizing:
     ) -> Iterator[Document | TokenDocument]:
         for record in records:
             count.records += 1
+            if count.records % TELL_RECORDS == 0:
+                self._tell(0, 0, 0, 0)
             if isinstance(record, Rejected):
                 self._reject(record, piece, count)
             else:

@@ -26,7 +26,7 @@ from typing import Any
 
 from llmtrain.config import UserError
 from llmtrain.data.growing import Preparation
-from llmtrain.data.tokenizing import Task, Tell, clear_dead, make
+from llmtrain.data.tokenizing import Task, Tell, clear_dead, make, worked_at
 from llmtrain.tokenizer import load_tokenizer
 from llmtrain.tokenizer.base import Tokenizer
 
@@ -164,6 +164,7 @@ class Crew:
         self._wanted: deque[tuple[Path, int]] = deque()
         self._open = set(self._jobs)  # not yet done
         self._elsewhere: dict[tuple[Path, int], float] = {}
+        self._worked_at: dict[tuple[Path, int], int] = {}
         self._deaths: Counter[tuple[Path, int]] = Counter()
         self._tokenizer_directory, self._backend = tokenizer_directory, backend
         self._count, self._nice = workers, nice
@@ -175,7 +176,7 @@ class Crew:
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
         self.heard = 0
-        """Messages of the workers so far: as long as they come, parts are being made."""
+        """Grows as long as parts are being made, by these workers or, as one sees, by other processes."""
         self._fault: Preparation | None = None
         """Whose text was at fault, where it was one's."""
 
@@ -327,9 +328,8 @@ class Crew:
     def _hear(self, worker: _Worker, kind: str, *content: Any) -> None:
         job = worker.job
         assert job is not None
-        self.heard += 1
         if kind == "progress":
-            self._tell(*content[0])
+            self._gets_on(*content[0])
             return
         worker.job = None
         if kind == "error":
@@ -338,14 +338,23 @@ class Crew:
             raise UserError(*lines, exit_code=exit_code)
         if kind == "elsewhere":
             self._elsewhere[job.key] = time.monotonic()
+            seen = worked_at(*job.key)
+            if seen != self._worked_at.get(job.key, seen):
+                self._gets_on()
+            self._worked_at[job.key] = seen
             return
+        self._gets_on()
         with self._lock:
             self._open.discard(job.key)
             finished = not any(directory == job.key[0] for directory, _ in self._open)
         if finished:
             self._fault = job.preparation
-            job.preparation.finish()
+            job.preparation.finish(self._gets_on)
             self._fault = None
+
+    def _gets_on(self, consumed: int = 0, documents: int = 0, text_bytes: int = 0, tokens: int = 0) -> None:
+        self.heard += 1
+        self._tell(consumed, documents, text_bytes, tokens)
 
     def _bury(self, worker: _Worker) -> None:
         job, code = worker.job, worker.process.wait()

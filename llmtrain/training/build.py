@@ -118,6 +118,15 @@ class Run:
         return self.step >= self.config.max_steps
 
 
+def check_job(config: TrainConfig, world: World) -> None:
+    """`check_start`; but where another job is at work in the run directory, that is what is told, with 73."""
+    try:
+        check_start(config, world)
+    except UserError:
+        RunDirectory(config.output_dir).refuse_others()
+        raise
+
+
 def check_start(config: TrainConfig, world: World) -> None:
     """UserError for what only the number of ranks or the disk can tell, before anything starts.
 

@@ -11,6 +11,9 @@ from llmtrain.training.goodput import START
 MOST_NAMED = 4
 """Ranks that a sentence names; of more it says how many."""
 
+SAID = ("host", "phase", "step", "turn", "source", "waits", "collectives", "answers")
+"""Of a heartbeat, what the verdict goes by."""
+
 
 @dataclass(frozen=True)
 class Vital:
@@ -26,6 +29,8 @@ class Vital:
     """Whose text it waits for; empty where it waits for none."""
     waits: bool
     """Whether it is in a collective: it waits for others."""
+    collectives: int
+    """How many it has begun: the same on every rank that has come equally far."""
     seconds: float
     """Since its training thread last beat."""
     answers: bool = True
@@ -35,10 +40,8 @@ class Vital:
     def of(cls, rank: int, heartbeat: Mapping[str, Any] | None, now: float) -> Vital:
         """From a heartbeat, which is None where the rank was never heard of; `now` on the wall clock."""
         if heartbeat is None:
-            return cls(rank, "", "", 0, 0, "", False, 0.0, answers=False)
-        said = {
-            name: heartbeat[name] for name in ("host", "phase", "step", "turn", "source", "waits", "answers")
-        }
+            return cls(rank, "", "", 0, 0, "", False, 0, 0.0, answers=False)
+        said = {name: heartbeat[name] for name in SAID}
         silence = 0.0 if said["answers"] else max(0.0, now - heartbeat["time"])
         return cls(rank, seconds=heartbeat["seconds"] + silence, **said)
 
@@ -48,15 +51,20 @@ class Vital:
         return f"{self.phase}{of_source}" + (f" of step {self.step}" if self.phase not in START else "")
 
     @property
-    def progress(self) -> tuple[int, int, bool, bool]:
-        """Orders ranks by how far they have come: at one place, those are ahead that wait for others."""
-        return self.step, self.turn, not self.source, self.waits
+    def progress(self) -> tuple[int, int, bool, bool, int]:
+        """Orders ranks by how far they have come: at one place, those are ahead that wait for others.
+
+        Of those that wait, those are behind that are in an earlier collective: the others have left it, as
+        the root of a broadcast may, or never come to it.
+        """
+        return self.step, self.turn, not self.source, self.waits, self.collectives if self.waits else 0
 
 
 def verdict(vitals: Sequence[Vital]) -> str:
     """Who is late, where and since when, and who waits for it.
 
     Late are ranks that do not answer, else those that have come least far; where all are at one place, all.
+    Ranks in one and the same collective cannot be told apart: what each has sent there is the library's.
     """
     silent = [one for one in vitals if not one.answers]
     least = min((one.progress for one in vitals if one.answers), default=None)
@@ -65,6 +73,8 @@ def verdict(vitals: Sequence[Vital]) -> str:
     said = [_silence(late) if silent else _lateness(late)]
     if others:
         said += [_waiting([one for one in others if one.place == place]) for place in _places(others)]
+        if all(one.waits and one.answers for one in vitals):
+            said.append(f"all are in collectives, {_named(late)} in an earlier one than the others")
     elif len(late) > 1:
         said.append("all ranks are there: what they do together, or what they read, does not come back")
     return "; ".join(said)

@@ -32,7 +32,10 @@ class Beat(NamedTuple):
 
 
 class Heart:
-    """The newest beat of this rank. Any thread may read `last`; only the one that trains calls `beat`."""
+    """The newest beat of this rank. Any thread may read `last`; only the one that trains calls `beat`.
+
+    While that one is inside a library's long computation another may, in its place.
+    """
 
     def __init__(self) -> None:
         age = process_age()

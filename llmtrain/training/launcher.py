@@ -57,7 +57,7 @@ def _mark(word: str) -> None:
 
 
 def tell_nothing_is_lost_yet(local_ranks: int) -> None:
-    """The same before the first step, unless one of the `local_ranks` here ended before.
+    """The same where a rank ends itself, unless one of the `local_ranks` here ended before.
 
     When a rank fails, its launcher asks the others to stop: they leave as after any SIGTERM, and only what
     the one failed of is true of the job.

@@ -175,9 +175,12 @@ def check_epochs(plan: Plan) -> Iterator[Note]:
             yield Note(f"data.sources.{name}: {warning}", warns=True)
 
 
-def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> Iterator[Note]:
+def check_samples(
+    config: TrainConfig, tokenizer: Tokenizer, tick: Callable[[], None] = lambda: None
+) -> Iterator[Note]:
     """Unknown characters, bytes and duplicates in a small sample of each source of text."""
     for name, source in config.data.sources.items():
+        tick()
         texts = [document.text for document in sample_source(source, SAMPLE_BYTES, config.data)]
         if not texts:
             continue
@@ -190,16 +193,18 @@ def check_samples(config: TrainConfig, tokenizer: Tokenizer) -> Iterator[Note]:
             yield Note(f"data.sources.{name}: {twice:.0%} of a sample are duplicates of others", warns=True)
 
 
-def preflight(config: TrainConfig, world: World, tokenizer: Tokenizer) -> None:
+def preflight(
+    config: TrainConfig, world: World, tokenizer: Tokenizer, tick: Callable[[], None] = lambda: None
+) -> None:
     """The quick part of `llmtrain check`, before every run: UserError, or warnings in the log of rank 0.
 
     The text of a run that goes on was looked at when it began. Text that cannot be read ends a run where all
-    ranks come to it, not here on rank 0.
+    ranks come to it, not here on rank 0. `tick` is called before each source is sampled.
     """
     notes = [check_memory(config, world, Model.of(config, tokenizer.vocab_size)), *check_rewinds(config)]
     if world.is_main and find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints) is None:
         try:
-            notes += check_samples(config, tokenizer)
+            notes += check_samples(config, tokenizer, tick)
         except UserError as error:
             notes += [Note(f"no sample of the text: {line}", warns=True) for line in error.lines]
     for note in notes:

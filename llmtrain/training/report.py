@@ -45,7 +45,8 @@ MARKS = {"resume": "resumed", "spike": "spike", "rewind": "rewound"}
 """Events that the loss curve shows, and as what."""
 
 WARNINGS = (
-    "warning", "skip", "spike", "rewind", "signal", "hang", "corruption", "rejected", "save_failed"
+    "warning", "skip", "spike", "rewind", "signal", "hang", "crash", "corruption", "rejected",
+    "save_failed",
 )  # fmt: skip
 TOLD_ELSEWHERE = ("time", "event", "step", "rows")
 """Of an event: in columns and sections of their own."""

@@ -23,7 +23,7 @@ from llmtrain.training.run_lock import RunLock, time_now
 
 logger = logging.getLogger(__name__)
 
-HEARTBEATS = "heartbeats"
+HEARTBEATS, STARTING, CRASHES = "heartbeats", ".starting", "crashes"
 NEWEST_BYTES = 4 * 2**20
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What a disk says that is full, or failing."""
@@ -82,6 +82,11 @@ class RunDirectory:
         return self.path / HEARTBEATS
 
     @property
+    def starting(self) -> Path:
+        """Heartbeats of a job that has not begun; gone when it begins, or ends by a mistake."""
+        return self.path / STARTING
+
+    @property
     def stacks(self) -> Path:
         return self.path / "stacks"
 
@@ -98,6 +103,10 @@ class RunDirectory:
     def unlock(self) -> None:
         """Give the directory back; without a lock this does nothing."""
         self._lock.release()
+
+    def refuse_others(self) -> None:
+        """UserError with exit code 73 where another process is at work here; touches nothing."""
+        self._lock.refuse_others()
 
     def is_locked(self) -> bool:
         """Whether some process is at work in this directory."""
@@ -117,7 +126,7 @@ class RunDirectory:
         if not held:
             self.lock()
         place = None
-        if any(entry.name not in (".lock", HEARTBEATS) for entry in self.path.iterdir()):
+        if any(entry.name not in (".lock", HEARTBEATS, STARTING) for entry in self.path.iterdir()):
             place = self._next_free()
             self.path.rename(place)
             self.unlock()
@@ -202,7 +211,13 @@ class RunDirectory:
         self.done.unlink(missing_ok=True)
 
     def mark_done(self) -> None:
-        """Write DONE, the last file of a run, and only of one that succeeded."""
+        """Write DONE, the last file of a run, and only of one that succeeded.
+
+        What earlier processes of it failed of does not stay beside DONE: it goes into crashes/.
+        """
+        for file in self.path.glob("crash-rank*.json"):
+            (self.path / CRASHES).mkdir(exist_ok=True)
+            file.replace(self.path / CRASHES / file.name)
         write_atomically(self.done, time_now() + "\n")
 
     # Reading.

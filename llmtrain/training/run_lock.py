@@ -59,9 +59,7 @@ class RunLock:
                 if not self.is_taken() and time.monotonic() - began < LONGEST_LOOK:
                     time.sleep(LOOK)
                     continue
-                raise UserError(
-                    _locked_message(self._directory, _read_owner(self._file)), exit_code=ExitCode.LOCKED
-                ) from None
+                raise self._refusal(_read_owner(self._file)) from None
             if _is_same_file(handle, self._file):
                 self._keep(handle)
             else:  # the directory was set aside between our open and our flock: that lock is another run's
@@ -70,15 +68,32 @@ class RunLock:
     def _keep(self, handle: int) -> None:
         """Write down who holds the lock, and touch the record as long as that is so."""
         owner = _record(self._file)
-        if owner.get("boot_id", boot_id()) != boot_id() and _is_touched(self._file, owner):
+        if _lives_elsewhere(self._file, owner):
             os.close(handle)
-            raise UserError(_locked_message(self._directory, owner), exit_code=ExitCode.LOCKED)
+            raise self._refusal(owner)
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(_this_process()).encode() + b"\n", 0)
         self._handle, self._released = handle, threading.Event()
         touch = partial(_touch, handle, self._released)
         self._touching = threading.Thread(target=touch, daemon=True, name="llmtrain-lock")
         self._touching.start()
+
+    def inherit(self) -> bool:
+        """Take a directory whose owner died with the lock; False where there is none such, or it lives."""
+        if not _record(self._file):
+            return False
+        with contextlib.suppress(UserError, OSError):
+            self.take()
+        return self.is_held
+
+    def refuse_others(self) -> None:
+        """The UserError of `take` where another process is at work in the directory; touches nothing."""
+        with contextlib.suppress(OSError):  # where this user cannot even look, no run of theirs is at work
+            if self.is_taken() or _lives_elsewhere(self._file, _record(self._file)):
+                raise self._refusal(_read_owner(self._file))
+
+    def _refusal(self, owner: Mapping[str, Any]) -> UserError:
+        return UserError(_locked_message(self._directory, owner), exit_code=ExitCode.LOCKED)
 
     def is_taken(self) -> bool:
         """Whether some process is at work in this directory.
@@ -166,6 +181,11 @@ def _touch(handle: int, released: threading.Event) -> None:
     while not released.wait(TOUCH_SECONDS):
         with contextlib.suppress(OSError):
             os.utime(handle)
+
+
+def _lives_elsewhere(file: Path, owner: Mapping[str, Any]) -> bool:
+    """Whether the owner is at work on another machine, whose lock may not be seen here."""
+    return owner.get("boot_id", boot_id()) != boot_id() and _is_touched(file, owner)
 
 
 def _is_touched(file: Path, owner: Mapping[str, Any]) -> bool:

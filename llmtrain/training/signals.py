@@ -70,7 +70,7 @@ class StopRequest:
         age: Callable[[], float] = job_age,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`leaving` is called when the process leaves with nothing to save."""
+        """`leaving` is called where the process ends here, by itself, and nothing is lost."""
         self.agreed = False
         self.trained = False
         """Whether this process has done a step: something can be lost."""
@@ -191,13 +191,14 @@ class StopRequest:
         self._name, self._number = name, number
         self._since = self._since or self._clock()
         if not (self.trained or self.polled):
-            self._leaving()
             self._leave(f"{name}: nothing to save yet")
         logger.warning("%s: finishing the step and saving", name)
 
     def _leave(self, reason: str) -> NoReturn:
         """End the process, also where the main thread holds every lock or nobody reads what we print."""
         code = self.exit_code
+        if code == ExitCode.PREEMPTED:
+            self._leaving()
         if select.select([], [2], [], 0)[1]:
             os.write(2, f"{reason}; leaving with exit code {code}\n".encode())
         os._exit(code)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from llmtrain.training.checkpoint import checkpoints
 from llmtrain.training.checkpoint.manifest import MANIFEST
+from llmtrain.training.crashes import FILES
 from llmtrain.training.goodput import PARTS, START, Part, account_before
 from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.report import by_step
@@ -87,10 +88,15 @@ class Status:
 def status_of(run: Path) -> Status:
     """Look at a run directory, whatever has become of it; writes nothing. UserError where there is no run."""
     directory = RunDirectory(run)
-    config, owner, beats = directory.read_config(), directory.owner(), _heartbeats(directory)
+    owner = directory.owner()
+    config = {} if owner is not None and not directory.config.exists() else directory.read_config()
+    beats = _heartbeats(directory.starting) or _heartbeats(directory.heartbeats)
     lines, events = by_step(directory.newest_metrics()), directory.read_events()
     patience = config.get("hang_timeout") or PATIENCE
-    state, why = _at_work(owner, beats, patience) if owner is not None else _ended(directory, events, beats)
+    if owner is None:
+        state, why = _ended(directory, config, events, beats)
+    else:
+        state, why = _at_work(owner, beats, patience)
     last = lines[-1] if lines else {}
     account = account_before(lines, events, beats.get(0, {}))
     return Status(
@@ -112,10 +118,10 @@ def status_of(run: Path) -> Status:
     )
 
 
-def _heartbeats(directory: RunDirectory) -> dict[int, Line]:
-    """What each rank wrote last, of whatever job."""
+def _heartbeats(directory: Path) -> dict[int, Line]:
+    """What each rank wrote there last, of whatever job."""
     beats: dict[int, Line] = {}
-    for file in sorted(directory.heartbeats.glob("rank_*.json")):
+    for file in sorted(directory.glob("rank_*.json")):
         with suppress(OSError, ValueError):  # one that its rank replaces, or removes, at this moment
             beat = json.loads(file.read_text(encoding="utf-8"))
             beats[beat["rank"]] = beat
@@ -138,34 +144,39 @@ def _at_work(owner: Line, beats: Mapping[int, Line], patience: float) -> tuple[S
     return state, f"in {vitals[0].place}, {count(len(vitals), 'rank')}"
 
 
-def _ended(directory: RunDirectory, events: Sequence[Line], beats: Mapping[int, Line]) -> tuple[State, str]:
+def _ended(
+    directory: RunDirectory, config: Line, events: Sequence[Line], beats: Mapping[int, Line]
+) -> tuple[State, str]:
     """What the last process came to."""
     if directory.done.exists():
         return "finished", f"done at {directory.done.read_text(encoding='utf-8').strip()}"
-    if crash := _crash(directory, beats.get(0, {}).get("job")):
+    began = next((event["time"] for event in reversed(events) if event["event"] in BEGINS), "")
+    if crash := _crash(directory, since=began):
         message = crash["message"].partition("\n")[0]
         return "failed", f"rank {crash['rank']} on host {crash['host']}: {crash['type']}: {message}"
+    if events and events[-1]["event"] == "save_failed" and events[-1]["step"] == config.get("max_steps"):
+        return "failed", "the last step could not be saved; the same command goes on"
     last = next((event for event in reversed(events) if event["event"] in (*BEGINS, *ENDS)), None)
     if last is None:
         return "dead", "no process is at work, and none has trained yet"
-    if last["event"] == "hang":
-        return "hung", f"{last['verdict']}; the job ended itself"
-    if last["event"] == "end":
-        return "failed", f"trained to step {last['step']}, which is not saved"
-    if last["event"] == "rewind":
-        return "stopped", "to go back before a loss spike; the same command does"
-    if last["event"] == "signal":
-        return "stopped", f"by {last['signal']} after step {last['step']}; the same command goes on"
+    match last["event"]:
+        case "hang":
+            return "hung", f"{last['verdict']}; the job ended itself"
+        case "end":
+            return "failed", "every step is saved; DONE could not be written, which the same command does"
+        case "rewind":
+            return "stopped", "to go back before a loss spike; the same command does"
+        case "signal":
+            return "stopped", f"by {last['signal']} after step {last['step']}; the same command goes on"
     where = f", last heard of in {Vital.of(0, beats[0], now=0).place}" if 0 in beats else ""
     return "dead", f"ended without a word{where}; the same command goes on"
 
 
-def _crash(directory: RunDirectory, job: str | None) -> Line | None:
-    """What the rank of the newest job failed of that failed first."""
-    files = sorted(directory.path.glob("crash-rank*.json"))
-    crashes = [directory.read_json(file.name) for file in files]
-    own = [crash for crash in crashes if crash and crash["job"] == job]
-    return min(own, key=lambda crash: crash["secondary"], default=None)
+def _crash(directory: RunDirectory, since: str) -> Line | None:
+    """What the rank failed of that failed first, of those that failed since a time (ISO 8601, UTC)."""
+    crashes = [directory.read_json(file.name) for file in directory.path.glob(FILES)]
+    found = [crash for crash in crashes if crash and crash["time"] >= since]
+    return min(found, key=lambda crash: (crash["secondary"], crash["time"]), default=None)
 
 
 def _seconds_left(lines: Sequence[Line], max_steps: int) -> float:

@@ -47,7 +47,7 @@ def tell(run: Run, step: int, result: StepResult, verdict: Verdict) -> None:
     run.directory.append_event(
         verdict.kind,
         step=step,
-        reason="gradient not finite" if verdict.kind == "skip" else "above its threshold",
+        reason=f"{_spoilt(result)} not finite" if verdict.kind == "skip" else "above its threshold",
         applied=result.applied,
         loss=result.loss,
         grad_norm=result.grad_norm,
@@ -71,12 +71,17 @@ def _origin(run: Run, step: int, row: int) -> dict[str, Any]:
 
 def _words(result: StepResult, verdict: Verdict) -> str:
     if verdict.kind == "skip":
-        return "left out: its gradient is not finite"
+        return f"left out: its {_spoilt(result)} is not finite"
     left_out = "" if result.applied else ", left out"
     return (
         f"is a spike{left_out}: loss {result.loss:.4f} (z {verdict.loss_z:.1f}), "
         f"gradient norm {result.grad_norm:.3g} (z {verdict.grad_norm_z:.1f})"
     )
+
+
+def _spoilt(result: StepResult) -> str:
+    """What of a step is not finite: gradients of a loss that is not are not, either."""
+    return "gradient" if math.isfinite(result.loss) else "loss"
 
 
 def _first(rows: list[dict[str, Any]]) -> str:

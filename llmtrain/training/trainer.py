@@ -288,13 +288,15 @@ def begin(run: Run) -> None:
 
 
 def finish(run: Run) -> int:
-    """Close the run; returns the exit code of the process."""
+    """Close the run; returns the exit code of the process. Collective."""
     done = run.finished and not run.cut_short
     run.stop.saved |= run.saver.holds(run.step)  # one that was written in the background, too
     run.engine.close()
     if run.world.is_main:
-        signal = {} if done else {"signal": run.stop.name}
-        run.directory.append_event("end" if done else "signal", step=run.step, **signal)
+        if not done:
+            run.directory.append_event("signal", step=run.step, signal=run.stop.name)
+        elif not run.saver.failures:
+            run.directory.append_event("end", step=run.step)
         report(run)
         for line in closing_lines(run.directory):
             logger.info("%s", line)
@@ -304,9 +306,22 @@ def finish(run: Run) -> int:
         again = "resume=auto" if run.config.resume == "never" else "the same command"
         logger.info("stopped after step %d; %s goes on from there", run.step, again)
         return run.stop.exit_code
+    return _mark_done(run)
+
+
+def _mark_done(run: Run) -> int:
+    """Write DONE, or say why it cannot be written; returns the exit code, the same on every rank."""
+    refused = False
     if run.world.is_main:
-        run.directory.mark_done()
-    return ExitCode.OK
+        try:
+            run.directory.mark_done()
+        except OSError as error:
+            refused = True
+            logger.error(
+                "%s: %s; every step is saved: make room, and the same command writes it",
+                run.directory.done, error.strerror,
+            )  # fmt: skip
+    return 1 if distributed.broadcast_object(refused) else ExitCode.OK
 
 
 def _end_unsaved(run: Run) -> int:

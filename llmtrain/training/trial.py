@@ -8,8 +8,8 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from llmtrain.training.exporting import export
 from llmtrain.training.places import existing
 from llmtrain.training.preflight import Report
 from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.run_lock import RunLock
 from llmtrain.training.trainer import begin, finish, fit
 
 PREFIX = ".llmtrain-check-"
@@ -46,9 +47,7 @@ def trial(config: TrainConfig, world: World, tokenizer: Tokenizer, plan: Plan, r
         )
         with closing(prepared):
             _train(short, world, prepared, report)
-        if world.is_main:
-            _export(short.output_dir, directory / "exported", report)
-        distributed.barrier()
+        _on_main(world, lambda: _export(short.output_dir, directory / "exported", report))
 
 
 def trial_config(config: TrainConfig, plan: Plan, directory: Path) -> TrainConfig:
@@ -86,15 +85,47 @@ def trial_config(config: TrainConfig, plan: Plan, directory: Path) -> TrainConfi
 
 @contextmanager
 def _aside(config: TrainConfig, world: World) -> Iterator[Path]:
-    """A new directory on the file system of `output_dir`, the same on every rank, and gone afterwards."""
-    place = existing(config.output_dir.absolute().parent)
-    made = tempfile.mkdtemp(prefix=PREFIX, dir=place) if world.is_main else None
-    directory = Path(distributed.broadcast_object(made))
-    try:
-        yield directory
-    finally:
+    """A new directory on the file system of `output_dir`, the same on every rank, and gone afterwards.
+
+    Those of checks that were killed go, too.
+    """
+    with ExitStack() as ends:
+        made = None
         if world.is_main:
-            shutil.rmtree(directory, ignore_errors=True)
+            place = existing(config.output_dir.absolute().parent)
+            sweep(place)
+            made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+            lock = RunLock(made)
+            ends.callback(lock.release)
+            ends.callback(shutil.rmtree, made, ignore_errors=True)
+            lock.take()
+        yield distributed.broadcast_object(made)
+
+
+def sweep(place: Path) -> None:
+    """Remove the directories of checks whose process died."""
+    for left in place.glob(f"{PREFIX}*"):
+        lock = RunLock(left)
+        if lock.inherit():
+            shutil.rmtree(left, ignore_errors=True)
+            lock.release()
+
+
+def _on_main(world: World, work: Callable[[], None]) -> None:
+    """Do what only rank 0 does; collective: where it fails, no rank goes on to wait for another."""
+    failed: Exception | None = None
+    if world.is_main:
+        try:
+            work()
+        except UserError as error:
+            failed = error
+        except OSError as error:
+            failed = UserError(f"rank 0 failed: {error}", exit_code=1)
+        except Exception as error:
+            distributed.broadcast_object(UserError(f"rank 0 failed: {error!r}", exit_code=1))
+            raise
+    if failed := distributed.broadcast_object(failed):
+        raise failed
 
 
 @contextmanager
@@ -119,8 +150,7 @@ def _train(config: TrainConfig, world: World, prepared: Prepared, report: Report
     before = digest(run.engine)
     if finish(run) != ExitCode.OK:
         raise UserError(f"{directory.checkpoints}: no checkpoint could be written there, as is said above")
-    if world.is_main:
-        _tell_step(directory, report)
+    _on_main(world, lambda: _tell_step(directory, report))
     _reload(config, world, directory, prepared, before)
     report.say("reload", "verified, and bit-equal to what was saved")
     directory.unlock()
@@ -144,12 +174,12 @@ def _tell_step(directory: RunDirectory, report: Report) -> None:
 def _reload(
     config: TrainConfig, world: World, directory: RunDirectory, prepared: Prepared, before: str
 ) -> None:
-    """UserError on the ranks whose state is not what it was before the save."""
+    """UserError where the state of a rank is not what it was before the save."""
     run = build_run(config, world, directory, prepared)
     begin(run)
     same = digest(run.engine) == before
     run.engine.close()
-    if not same:
+    if not all(distributed.gather_objects(same)):
         raise UserError("the state that was loaded is not the one that was saved", exit_code=1)
 
 

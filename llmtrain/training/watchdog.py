@@ -3,7 +3,10 @@
     heartbeats/rank_00000.json   host, pid, phase, step, seconds since the last beat, time; rank 0: goodput
     heartbeats/hang.json         who found that the job hangs; every rank that sees it ends
     stacks/rank_00000.txt        the stacks of all threads of a rank when the job hung
-    crash-rank0.json             what a rank failed of
+    crash-rank0.json             what a rank failed of (crashes.py)
+
+Until the run begins, its text prepared and everything built, .starting/ stands for heartbeats/. The last rank
+to leave it removes it: a mistake in text or config leaves the run directory as it was.
 
 A watchdog is a thread: it lives as long as its process does, whatever the training thread waits for.
 """
@@ -15,11 +18,11 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,14 +31,13 @@ from typing import Any, NoReturn
 
 from llmtrain import distributed
 from llmtrain.config import ExitCode, UserError
-from llmtrain.config.secrets import without_secrets
 from llmtrain.distributed import World
+from llmtrain.training.crashes import Crashes
 from llmtrain.training.goodput import Account, account_before
 from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.launcher import tell_code
 from llmtrain.training.run_directory import RunDirectory, write_atomically
-from llmtrain.training.run_lock import time_now
 
 logger = logging.getLogger(__name__)
 
@@ -61,28 +63,32 @@ def longest_wait(hang_timeout: float | None) -> float | None:
 @contextmanager
 def watched(
     directory: RunDirectory, world: World, heart: Heart, hang_timeout: float | None, *, goes_on: bool
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Watch this rank until its work is done; collective. What it fails of is kept in the run directory.
 
     `goes_on`: what earlier processes spent there counts as this run's. A rank that fails because another one
-    did says so in one line, and leaves the word to that one.
+    did says so in one line, and leaves the word to that one. Calling what is given, which is collective, says
+    that the run begins and may write.
     """
+    if world.is_main:
+        shutil.rmtree(directory.starting, ignore_errors=True)  # of a job that was killed
     job = distributed.broadcast_object(uuid.uuid4().hex)
     watchdog = Watchdog(directory, world, heart, hang_timeout, job)
     if world.is_main and goes_on:
         heart.goodput.go_on(watchdog.account_before(), heart.started)
     watchdog.start()
     try:
-        yield
+        yield watchdog.begin
     except Exception as error:
         watchdog.end_if_hung(error)
         if isinstance(error, UserError) and error.exit_code in (ExitCode.PREEMPTED, ExitCode.REWIND):
             raise
         secondary = _is_collective(error)
-        watchdog.keep_crash(error, secondary)
+        crashes = Crashes(directory, world, job)
+        crashes.keep(error, heart.last, secondary=secondary, begun=watchdog.has_begun)
         if not secondary:
             raise
-        raise UserError(f"another rank failed: {watchdog.first_crash(error)}", exit_code=1) from error
+        raise UserError(f"another rank failed: {crashes.first(error)}", exit_code=1) from error
     finally:
         watchdog.stop()
 
@@ -102,24 +108,52 @@ class Watchdog:
         self._tick = min(SLOWEST_TICK, timeout / TICKS) if timeout else SLOWEST_TICK
         self._host = socket.gethostname()
         self._stopped, self._hung = threading.Event(), threading.Event()
-        self._complained = False
+        self._beats, self._writing = directory.starting, threading.Lock()
+        self._complained, self._stumbled = False, False
+        self._others: list[float] = []
+        self._moved = 0.0
+        """When one of the others moved last for whose text this rank waits, on the monotonic clock."""
         self._waited = False
         """Whether this rank waited for others until a library lost its patience."""
         self._thread = threading.Thread(target=self._watch, name="llmtrain-watchdog", daemon=True)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run may write into its directory."""
+        return self._beats != self._directory.starting
+
     def start(self) -> None:
-        """Begin to watch; rank 0 removes the heartbeats of ranks that there are no more."""
-        if self._world.is_main:
-            for file in self._directory.heartbeats.glob("rank_*.json"):
-                if int(file.stem.removeprefix("rank_")) >= self._world.world_size:
-                    file.unlink(missing_ok=True)
+        """Begin to watch."""
+        self._safely(self._write)
         self._thread.start()
 
+    def begin(self) -> None:
+        """The run begins on every rank; rank 0 removes the heartbeats of ranks that there are no more."""
+        distributed.barrier()
+        with self._writing:
+            self._leave_start()
+            self._beats = self._directory.heartbeats
+        self._safely(self._write)
+        if self._world.is_main:
+            for file in self._beats.glob("rank_*.json"):
+                if int(file.stem.removeprefix("rank_")) >= self._world.world_size:
+                    file.unlink(missing_ok=True)
+        distributed.barrier()
+
     def stop(self) -> None:
-        """Watch no more; the last heartbeat says how far this rank came."""
+        """Watch no more; the last heartbeat says how far this rank came, if the run has begun."""
         self._stopped.set()
         self._thread.join()
-        self._write()
+        if self.has_begun:
+            self._safely(self._write)
+        else:
+            self._leave_start()
+
+    def _leave_start(self) -> None:
+        """Every rank has had a heartbeat there: who leaves as the last one takes the directory away."""
+        self._file(self._world.rank).unlink(missing_ok=True)
+        if not any(self._beats.glob("rank_*.json")):
+            shutil.rmtree(self._beats, ignore_errors=True)
 
     def end_if_hung(self, error: Exception) -> None:
         """End by exit code 86 where `error` only follows from a hang: the watchdog has the word."""
@@ -133,18 +167,50 @@ class Watchdog:
     def account_before(self) -> Account | None:
         """What earlier processes spent, before this one writes a heartbeat; None where there were none."""
         directory = self._directory
-        return account_before(
-            directory.read_metrics(), directory.read_events(), _read(self._file(self._world.rank)) or {}
-        )
+        heartbeat = _read(directory.heartbeats / _name(self._world.rank)) or {}
+        return account_before(directory.read_metrics(), directory.read_events(), heartbeat)
 
     # The heartbeat
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._tick if not self._hung.is_set() else 0):
-            self._write()
-            late = time.monotonic() - self._heart.last.at
-            if self._timeout and (late > self._timeout or self._hung.is_set() or self._marker()):
-                self._end()
+            self._safely(self._write)
+            self._safely(self._judge)
+
+    def _safely(self, act: Callable[[], None]) -> None:
+        """An error in the watchdog is told once, with its traceback, and the watchdog goes on."""
+        try:
+            act()
+        except Exception:
+            if not self._stumbled:
+                logger.exception("the watchdog of rank %d failed, and goes on", self._world.rank)
+            self._stumbled = True
+
+    def _judge(self) -> None:
+        if self._timeout and (self._late() > self._timeout or self._hung.is_set() or self._marker()):
+            self._end()
+
+    def _late(self) -> float:
+        """Seconds in which this rank has not moved; if it waits for the text of others, none of them either.
+
+        How the others move is read from their heartbeats, late and rarely: there may be a thousand of them.
+        """
+        last, now = self._heart.last, time.monotonic()
+        late = now - last.at
+        if (
+            not self._timeout
+            or late < self._timeout / 2
+            or last.phase != "prepare"
+            or not _is_in_collective()
+        ):
+            return late
+        heartbeats = [self._heartbeat(rank) or {"beat": 0.0, "seconds": late} for rank in self._ranks]
+        beats = [heartbeat["beat"] for heartbeat in heartbeats]
+        if beats != self._others:
+            self._others = beats
+            others = (one["seconds"] for rank, one in enumerate(heartbeats) if rank != self._world.rank)
+            self._moved = now - min(others, default=late)
+        return min(late, now - self._moved)
 
     def _write(self, answers: bool = False) -> None:
         last, now = self._heart.last, time.monotonic()
@@ -157,7 +223,9 @@ class Watchdog:
             "step": last.step,
             "turn": last.turn,
             "waits": self._waited or _is_in_collective(),
+            "collectives": distributed.collectives(),
             "source": self._heart.source() if last.phase == "data" else "",
+            "beat": last.at,
             "seconds": now - last.at,
             "time": time.time(),
             "answers": answers,
@@ -167,10 +235,15 @@ class Watchdog:
             spent = dict(goodput.seconds)
             spent[goodput.part(last.phase, last.step)] += now - last.at
             said |= {"goodput": spent, "trained": goodput.trained}
-        self._put(self._file(self._world.rank), said)
+        with self._writing:
+            self._put(self._file(self._world.rank), said)
 
     def _file(self, rank: int) -> Path:
-        return self._directory.heartbeats / f"rank_{rank:05d}.json"
+        return self._beats / _name(rank)
+
+    @property
+    def _ranks(self) -> range:
+        return range(self._world.world_size)
 
     def _put(self, file: Path, value: dict[str, Any]) -> None:
         """A disk that is full for a while is no reason to end; who is silent for it will be named."""
@@ -185,13 +258,19 @@ class Watchdog:
 
     def _marker(self) -> dict[str, Any] | None:
         """What a rank of this job wrote that found it hung."""
-        found = _read(self._directory.heartbeats / HANG)
+        found = _read(self._beats / HANG)
         return found if found and found["job"] == self._job else None
 
     def _end(self) -> NoReturn:
-        """Leave the stacks, have the lowest rank that answers say who hangs, and exit."""
+        """Have the hang told, and exit, whatever comes in between."""
         self._hung.set()
-        marker = self._directory.heartbeats / HANG
+        self._safely(self._conclude)
+        tell_code(ExitCode.HANG)
+        os._exit(ExitCode.HANG)
+
+    def _conclude(self) -> None:
+        """Leave the stacks, and have the lowest rank that answers say who hangs."""
+        marker = self._beats / HANG
         if self._marker() is None:
             self._put(marker, {"job": self._job, "rank": self._world.rank})
         self._write(answers=True)
@@ -202,15 +281,13 @@ class Watchdog:
             self._speak()
             self._put(marker, {"job": self._job, "rank": self._world.rank, "said": True})
         self._await(2 * patience, lambda: "said" in (self._marker() or {}))
-        tell_code(ExitCode.HANG)
-        os._exit(ExitCode.HANG)
 
     def _is_led(self) -> bool:
         """Whether a lower rank answers, which then has the word."""
         return any(self._answers(rank) for rank in range(self._world.rank))
 
     def _is_complete(self) -> bool:
-        return all(self._answers(rank) for rank in range(self._world.world_size))
+        return all(self._answers(rank) for rank in self._ranks)
 
     def _await(self, seconds: float, come: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + seconds
@@ -227,7 +304,7 @@ class Watchdog:
         return (self._heartbeat(rank) or {"answers": False})["answers"]
 
     def _speak(self) -> None:
-        beats = [self._heartbeat(rank) for rank in range(self._world.world_size)]
+        beats = [self._heartbeat(rank) for rank in self._ranks]
         sentence = verdict([Vital.of(rank, beat, now=time.time()) for rank, beat in enumerate(beats)])
         stacks = self._directory.stacks
         sys.stderr.write(f"error: hang: {sentence} (hang_timeout={self._timeout:g}); stacks: {stacks}\n")
@@ -245,39 +322,12 @@ class Watchdog:
         except OSError as error:
             logger.warning("%s: no stacks can be written: %s", self._directory.stacks, error)
 
-    # Crashes
-
-    def keep_crash(self, error: Exception, secondary: bool) -> None:
-        """Write crash-rank<r>.json; `secondary`: the error follows from another rank's."""
-        last = self._heart.last
-        crash = {
-            "time": time_now(),
-            "job": self._job,
-            "host": self._host,
-            "rank": self._world.rank,
-            "step": last.step,
-            "phase": last.phase,
-            "secondary": secondary,
-            "type": type(error).__name__,
-            "message": str(error),
-            "traceback": without_secrets("".join(traceback.format_exception(error))).splitlines(),
-        }
-        try:
-            self._directory.write_json(f"crash-rank{self._world.rank}.json", crash)
-        except OSError as cause:
-            logger.warning("%s: no crash file can be written: %s", self._directory.path, cause)
-
-    def first_crash(self, error: Exception) -> str:
-        """What the rank failed of that failed first, as far as it could say it."""
-        for file in sorted(self._directory.path.glob("crash-rank*.json")):
-            crash = _read(file)
-            if crash and crash["job"] == self._job and not crash["secondary"]:
-                first = crash["message"].partition("\n")[0]
-                return f"rank {crash['rank']} on host {crash['host']}: {crash['type']}: {first}; see {file}"
-        return f"it is gone without a word, killed or with its node; this rank noticed by: {error}"
-
 
 HANG = "hang.json"
+
+
+def _name(rank: int) -> str:
+    return f"rank_{rank:05d}.json"
 
 
 def _is_collective(error: BaseException) -> bool:

@@ -77,5 +77,6 @@ def test_the_environment_of_srun(tiny, tmp_path, environment, expected):
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.quiet
 def test_nothing_is_left_in_shared_memory():
     assert list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")) == []

@@ -169,6 +169,30 @@ def test_what_a_rank_says_stands_where_its_launcher_says_1(start):
     assert job.returncode == 78, errors
 
 
+AT_THE_END_OF_ITS_GRACE = """
+from functools import partial
+from llmtrain.training.launcher import tell_nothing_is_lost_yet
+from llmtrain.training.signals import StopRequest
+
+times = iter([0.0, 6.0])
+stop = StopRequest(5.0, leaving=partial(tell_nothing_is_lost_yet, 1), clock=lambda: next(times))
+stop.step_took(1.0)
+stop.saved = {saved}
+stop.agree(True)
+stop.look_at_clocks()
+"""
+
+
+@pytest.mark.parametrize(("saved", "code"), [(True, 85), (False, 1)])
+def test_a_rank_that_has_saved_and_is_ended_after_its_grace_says_so(start, tmp_path, saved, code):
+    (tmp_path / "rank.py").write_text(AT_THE_END_OF_ITS_GRACE.format(saved=saved))
+    launcher = f"python {tmp_path}/rank.py || exit 1"
+    job = start(sys.executable, SUPERVISE, "bash", "-c", launcher, PYTHONPATH=str(LAUNCH.parent))
+    _, errors = job.communicate(timeout=120)
+    assert "not done after grace_seconds=5" in errors
+    assert job.returncode == code, errors
+
+
 def test_torchrun_is_no_rank_of_its_own():
     def is_rank(*command: str) -> bool:
         return module().is_rank(SimpleNamespace(cmdline=lambda: ["python", *command]))

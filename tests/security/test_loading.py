@@ -104,7 +104,8 @@ def test_a_pickle_in_a_checkpoint_is_passed_over(run, marker, form, name):
 @each_form
 def test_a_pickle_in_a_checkpoint_that_is_signed_is_refused(run, marker, form):
     newest = run / "checkpoints" / "step_00000003"
-    (newest / "rank_00000.safetensors").write_bytes(form(marker))
+    file = newest / "rank_00000.safetensors"
+    file.write_bytes(form(marker).ljust(file.stat().st_size, b"\0"))
     sign(newest)
     assert newest_verified(run / "checkpoints") == newest
     with pytest.raises(UserError, match="no file of tensors"):

@@ -100,7 +100,8 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """What is asked for; overrides come last, after `--` if one likes."""
     top = argparse.ArgumentParser(
         prog="python -m tests.soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -122,12 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--stages", type=stages, default=[1, 2, 3], metavar="1,2,3", help="of ZeRO")
     top.add_argument("--output", type=Path, metavar="FILE", help="a JSON file with everything")
     top.add_argument("overrides", nargs="*", help="of the runs that are killed")
-    return top
+    return top.parse_intermixed_args(argv)
 
 
 def main() -> int:
     """Run what was asked for in a directory that is removed at the end."""
-    a = _parser().parse_args()
+    a = arguments()
     logging.getLogger("llmtrain").setLevel(logging.ERROR)  # a line for each damage, else
     server = RankServer()
     report: dict[str, Any] = {}

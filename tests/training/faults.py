@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -11,11 +13,12 @@ from typing import Any
 
 import torch
 
-from llmtrain.config import UserError
+from llmtrain.config import UserError, door
 from llmtrain.data.batch import Batch
 from llmtrain.data.workers import Crew
 from llmtrain.training.engine.engine import Engine
 from llmtrain.training.heartbeat import Heart, Phase
+from llmtrain.training.run_directory import RunDirectory
 
 STEP = "LLMTRAIN_TEST_FAULT_STEP"
 """The step after which the fault comes."""
@@ -118,6 +121,46 @@ def write_nothing() -> None:
 
     if os.environ["RANK"] == "1":
         attempt.write_tensors = block
+
+
+def wait_for_others() -> None:
+    """A rank that tells a mistake waits for its peer, however long that takes."""
+    door.SECONDS_FOR_OTHERS = 240.0
+
+
+def lose_lines() -> None:
+    """What a check reads of its step has no loss."""
+    read = RunDirectory.read_metrics
+    RunDirectory.read_metrics = lambda self: [line | {"train/loss": None} for line in read(self)]
+
+
+def refuse_export() -> None:
+    """The disk has no room for an export."""
+    from llmtrain.training import trial
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trial.export = refused
+
+
+def fill_the_disk() -> None:
+    """Rank 1 may write no file as large as its part of a checkpoint any more."""
+    _at_beat(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+
+
+def refuse_done() -> None:
+    """Not a byte of DONE can be written."""
+    mark_done = RunDirectory.mark_done
+
+    def refused(self: RunDirectory) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        try:
+            mark_done(self)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    RunDirectory.mark_done = refused  # type: ignore[method-assign]
 
 
 def make_nothing() -> None:

@@ -18,6 +18,7 @@ import torch
 from llmtrain import distributed
 from llmtrain.config.hydra import compose
 from llmtrain.distributed import World
+from llmtrain.model import Losses
 from llmtrain.training.build import build_model_engine
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.engine import Engine
@@ -63,6 +64,17 @@ def spoilt(engine: Engine, here: bool, value: float) -> Iterator[None]:
     handle.remove()
 
 
+@contextmanager
+def infinite_loss(engine: Engine, here: bool) -> Iterator[None]:
+    """The loss is infinite on this rank, and its gradients are what they were."""
+    more = math.inf if here else 0.0
+    handle = engine.model.register_forward_hook(
+        lambda module, inputs, output: Losses(output.total + more, output.rows + more)
+    )
+    yield
+    handle.remove()
+
+
 def tried(case: str, world: World) -> dict[str, Any]:
     """Good steps and bad ones in turn: spoilt on the last rank, and above a limit of each kind."""
     overrides, precision = CASES[case]
@@ -75,8 +87,14 @@ def tried(case: str, world: World) -> dict[str, Any]:
         rows_here = rows(next(numbers)).split(rank_rows)[world.rank]
         return engine.train_step(rows_here, 0.01, limits=limits).result()
 
+    last = world.rank == world.world_size - 1
+
     def spoilt_step(value: float) -> StepResult:
-        with spoilt(engine, here=world.rank == world.world_size - 1, value=value):
+        with spoilt(engine, here=last, value=value):
+            return step()
+
+    def infinite_step() -> StepResult:
+        with infinite_loss(engine, here=last):
             return step()
 
     good = [step(), step(Limits(1e3, 1e3))]
@@ -84,6 +102,7 @@ def tried(case: str, world: World) -> dict[str, Any]:
     bad = {
         "nan": lambda: spoilt_step(math.nan),
         "inf": lambda: spoilt_step(math.inf),
+        "infinite loss": infinite_step,
         "loss": lambda: step(Limits(loss / 2, 1e3)),
         "norm": lambda: step(Limits(1e3, norm / 2)),
     }

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 
 import pytest
 
+from llmtrain.config import UserError
+from llmtrain.distributed import World
+from llmtrain.training.crashes import Crashes
+from llmtrain.training.heartbeat import Heart
+from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.watchdog import Watchdog
 from tests.ranks import PATCH
 from tests.training import faults
 
@@ -36,6 +43,14 @@ def test_the_first_error_has_the_word_and_no_key_is_told(ranks, tiny, tmp_path):
     line = f"error: another rank failed: rank 1 on host {socket.gethostname()}: LookupError: no such thing as"
     assert job.outputs[0].read_text().count(line) == 1
     assert "Traceback" not in job.outputs[0].read_text()
+    (event,) = [event for event in RunDirectory(run).read_events() if event["event"] == "crash"]
+    assert (event["rank"], event["step"], event["type"]) == (1, 3, "LookupError")
+    assert event["message"] == first["message"] and event["file"] == "crash-rank1.json"
+
+    ranks.run([*tiny, "max_steps=4"], 2, tmp_path)
+    assert not list(run.glob("crash-*")) and (run / "DONE").exists()
+    assert {file.name for file in (run / "crashes").iterdir()} == {"crash-rank0.json", "crash-rank1.json"}
+    assert "no such thing as" in (run / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -55,9 +70,39 @@ def test_a_rank_that_was_killed_is_gone_without_a_word(ranks, tiny, tmp_path):
     assert not (run / "crash-rank1.json").exists()
 
 
-def test_a_job_that_finds_the_directory_locked_touches_nothing(ranks, tiny, tmp_path):
-    from llmtrain.training.run_directory import RunDirectory
+def test_the_earliest_crash_of_this_job_is_the_first_whatever_its_rank(tmp_path):
+    directory = RunDirectory(tmp_path)
 
+    def write(rank: int, time: str, **changed: object) -> None:
+        of_job = {"job": "job", "host": "a", "rank": rank, "step": 3, "time": time, "secondary": False}
+        directory.write_json(f"crash-rank{rank}.json", {**of_job, "type": "E", "message": "m\nn", **changed})
+
+    crashes = Crashes(directory, World(0, 5), "job")
+    assert "gone without a word" in crashes.first(ValueError("closed"))
+    write(1, "2026-01-01T00:00:05.000+00:00")
+    write(2, "2026-01-01T00:00:04.000+00:00")
+    write(3, "2026-01-01T00:00:01.000+00:00", secondary=True)
+    write(4, "2026-01-01T00:00:02.000+00:00", job="an earlier one")
+    assert crashes.first(ValueError("closed")) == f"rank 2 on host a: E: m; see {tmp_path}/crash-rank2.json"
+
+
+def test_a_mistake_before_the_run_begins_is_told_to_the_others_and_leaves_nothing(tmp_path):
+    directory, heart = RunDirectory(tmp_path), Heart()
+    watchdogs = [Watchdog(directory, World(rank, 2), heart, None, "job") for rank in range(2)]
+    for watchdog in watchdogs:
+        watchdog.start()
+    crashes = [Crashes(directory, World(rank, 2), "job") for rank in range(2)]
+    crashes[1].keep(UserError("no such file"), heart.last, secondary=False, begun=False)
+    watchdogs[1].stop()
+    crashes[0].keep(RuntimeError("closed by peer"), heart.last, secondary=True, begun=False)
+    assert re.fullmatch(
+        "rank 1 on host .*: UserError: no such file", crashes[0].first(RuntimeError("closed"))
+    )
+    watchdogs[0].stop()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_finds_the_directory_locked_touches_nothing(ranks, tiny, tmp_path):
     directory = RunDirectory(tmp_path / "run")
     directory.lock()
     job = ranks.start(tiny, 1, tmp_path)
@@ -70,5 +115,5 @@ def test_a_directory_that_cannot_be_locked_is_told_in_one_line(ranks, tiny, tmp_
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     job = ranks.start(tiny, 2, tmp_path)
     assert job.wait() == [78, 78], job.output()
-    (line,) = [line for line in job.outputs[0].read_text().splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in job.output().splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: output_dir={tmp_path}/run: cannot be locked: ")

@@ -35,6 +35,7 @@ def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.quiet
 def test_a_killed_and_resumed_run_accounts_for_every_second(ranks, tiny, tmp_path):
     run, patch = tmp_path / "run", {PATCH: "tests.training.faults:take_time"}
     common = [*tiny, "checkpoint.every=5", "max_steps=14", "hang_timeout=20"]

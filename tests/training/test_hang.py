@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import get_args
@@ -15,8 +18,11 @@ import pytest
 
 from llmtrain.config import ExitCode
 from llmtrain.data.prepare import SMALL
+from llmtrain.distributed import World
 from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.heartbeat import Heart, Phase
+from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.watchdog import Watchdog
 from tests.ranks import PATCH, Job
 from tests.training import faults
 from tests.training.test_resume import records
@@ -53,7 +59,7 @@ def the_verdict(run: Path, job: Job, ranks: list[int]) -> str:
     assert job.output().count(f"error: hang: {event['verdict']} (hang_timeout={TIMEOUT}") == 1, job.output()
     for rank in ranks:
         stacks = (run / "stacks" / f"rank_{rank:05d}.txt").read_text()
-        assert ("Thread" in stacks and "trainer.py" in stacks) or "build.py" in stacks, stacks
+        assert "Thread" in stacks and "train.py" in stacks, stacks
     assert not (run / "DONE").exists()
     return event["verdict"]
 
@@ -88,6 +94,7 @@ def test_a_rank_that_is_stopped_is_named(ranks, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("phase", "step"),
     [
+        ("prepare", 0),
         ("backward", 3),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
@@ -108,7 +115,7 @@ def test_a_rank_that_stands_still_is_named_with_its_phase(ranks, tiny, tmp_path,
     hook = {PATCH: "tests.training.faults:stand_still", faults.PHASE: phase, faults.STEP: str(step)}
     job = ranks.start(common, 2, tmp_path, hook)
     assert job.wait() == [ExitCode.HANG] * 2, job.output()
-    where = phase if phase == "build" else f"{phase} of step {step}"
+    where = f"{phase} of step {step}" if step else phase
     expected = rf"rank 1 on host {HOST} has been in {where} for \d+ s; rank 0 waits in \w+( of step {step})?"
     assert re.fullmatch(expected, the_verdict(tmp_path / "run", job, [0, 1])), job.output()
 
@@ -124,6 +131,71 @@ def test_text_that_does_not_come_is_named_by_its_source(ranks, tiny, tmp_path):
     assert job.wait() == [ExitCode.HANG] * 2, job.output()
     said = the_verdict(tmp_path / "run", job, [0, 1])
     assert re.match(r"ranks? [01].* ha(s|ve) been in data of source prose of step 1 for \d+ s", said), said
+
+
+def test_another_job_s_preparation_is_no_hang_until_it_stands_still(ranks, tiny, tmp_path):
+    common = [*tiny, f"cache_dir={tmp_path}/cache", f"hang_timeout={TIMEOUT}"]
+    ranks.run([*common, "max_steps=1", f"output_dir={tmp_path}/first"], 1, tmp_path)
+    prepared = json.loads((tmp_path / "first" / "data" / "prepared.json").read_text())
+    train = Path(prepared["prose"]["train"])
+    shutil.rmtree(train)
+    claim = train.parent / ".claims" / "00000.lock"
+    with claim.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        job, began = ranks.start(common, 1, tmp_path), time.monotonic()
+        while time.monotonic() < began + 2 * TIMEOUT:
+            os.utime(claim)
+            assert job.codes() == [None], job.output()
+            time.sleep(0.5)
+        assert [entry.name for entry in (tmp_path / "run").iterdir() if entry.name[0] != "."] == []
+        assert job.wait() == [ExitCode.HANG], job.output()
+    assert re.fullmatch(
+        rf"rank 0 on host {HOST} has been in prepare for \d+ s", the_verdict(tmp_path / "run", job, [0])
+    )
+    ranks.run([*common, "max_steps=1"], 1, tmp_path)
+    assert not (tmp_path / "run" / ".starting").exists()
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_who_waits_for_the_text_of_another_machine_is_late_when_that_one_is(tmp_path, monkeypatch, moves):
+    heart, world = Heart(), World(0, 2)
+    heart.beat("prepare")
+    watchdog = Watchdog(RunDirectory(tmp_path), world, heart, 600, "job")
+    monkeypatch.setattr("llmtrain.training.watchdog._is_in_collective", lambda: True)
+    monkeypatch.setattr("llmtrain.training.watchdog.time.monotonic", lambda: heart.last.at + passed)
+    for number, passed in enumerate(range(100, 2000, 100)):
+        write_heartbeat(
+            tmp_path / ".starting", 1, beat=float(number * moves), seconds=3.0 if moves else passed
+        )
+        assert watchdog._late() <= 600 if moves else watchdog._late() == passed
+
+
+def write_heartbeat(directory: Path, rank: int, **said: object) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / f"rank_{rank:05d}.json").write_text(json.dumps({"job": "job", **said}))
+
+
+def test_an_error_in_the_watchdog_is_told_once_and_it_goes_on(tmp_path, caplog):
+    heart, written = Heart(), threading.Event()
+    heart.beat("data", 3)
+    failures = iter(range(3))
+
+    def source() -> str:
+        if next(failures, None) is not None:
+            raise LookupError("no such source")
+        written.set()
+        return "prose"
+
+    heart.source = source
+    watchdog = Watchdog(RunDirectory(tmp_path), World(), heart, 1, "job")
+    watchdog.start()
+    assert written.wait(60)
+    watchdog.begin()
+    watchdog.stop()
+    assert caplog.text.count("LookupError: no such source") == 1
+    said = json.loads((tmp_path / "heartbeats" / "rank_00000.json").read_text())
+    assert said["source"] == "prose"
+    assert not (tmp_path / ".starting").exists()
 
 
 @pytest.fixture
@@ -182,11 +254,12 @@ def vital(
     *,
     source: str = "",
     waits: bool = False,
+    collectives: int = 0,
     seconds: float = 600,
     answers: bool = True,
 ) -> Vital:
     turn = get_args(Phase).index(phase)
-    return Vital(rank, f"node{rank // 8}", phase, step, turn, source, waits, seconds, answers)
+    return Vital(rank, f"node{rank // 8}", phase, step, turn, source, waits, collectives, seconds, answers)
 
 
 def test_who_waits_for_text_is_behind_who_has_it():
@@ -224,6 +297,19 @@ def test_who_waits_for_others_at_one_place_is_not_late():
     )
 
 
+def test_of_ranks_in_collectives_the_one_in_an_earlier_one_is_late():
+    vitals = [vital(rank, "reduce", 5, waits=True, collectives=40) for rank in range(3)]
+    vitals[1] = vital(1, "reduce", 5, waits=True, collectives=39)
+    assert verdict(vitals) == (
+        "rank 1 on host node0 has been in reduce of step 5 for 600 s; ranks 0 and 2 wait in reduce of step 5"
+        "; all are in collectives, rank 1 in an earlier one than the others"
+    )
+    vitals[1] = vital(1, "read", 4, waits=True, collectives=39)
+    assert verdict(vitals).startswith("rank 1 on host node0 has been in read of step 4")
+    computes = [vital(0, "forward", 5, collectives=39), vital(1, "forward", 5, collectives=40)]
+    assert verdict(computes).startswith("ranks 0 on host node0 and 1 on host node0 have been in forward")
+
+
 def test_where_all_are_at_one_place_nobody_is_accused():
     assert verdict([vital(rank, "reduce", 5, seconds=61) for rank in (0, 1)]) == (
         "ranks 0 on host node0 and 1 on host node0 have been in reduce of step 5 for 61 s; "
@@ -236,7 +322,7 @@ def test_where_all_are_at_one_place_nobody_is_accused():
 
 def test_the_silence_of_a_rank_counts_from_its_last_beat():
     heartbeat = {"host": "a", "phase": "save", "step": 3, "turn": 7, "source": "", "waits": True}
-    heartbeat |= {"seconds": 2.0, "time": 100.0}
+    heartbeat |= {"collectives": 9, "seconds": 2.0, "time": 100.0}
     assert Vital.of(4, {**heartbeat, "answers": False}, now=160.0).seconds == 62.0
     assert Vital.of(4, {**heartbeat, "answers": True}, now=160.0).seconds == 2.0
 

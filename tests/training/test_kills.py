@@ -10,6 +10,7 @@ import random
 import pytest
 
 from llmtrain.training.checkpoint import checkpoints
+from tests.soak.__main__ import arguments as read_arguments
 from tests.soak.damage import DAMAGES, detect
 from tests.soak.kills import MIDDLE, Soak
 from tests.soak.lives import Kill
@@ -39,3 +40,9 @@ def test_no_damaged_checkpoint_is_loaded(ranks, tiny, tmp_path):
     assert found["loaded"] == []
     assert (found["detected"], found["tried"]) == (42, 42)
     assert found["kinds"] == dict.fromkeys(DAMAGES, 7)
+
+
+def test_overrides_of_a_soak_follow_its_options():
+    for words in (["--kills", "5", "--", "seed=1", "a=b"], ["--kills", "5", "seed=1", "a=b"]):
+        found = read_arguments(["kills", *words])
+        assert (found.proof, found.kills, found.overrides) == ("kills", 5, ["seed=1", "a=b"])

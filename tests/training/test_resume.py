@@ -221,10 +221,11 @@ def test_a_second_job_in_the_same_directory_ends_with_73_and_touches_nothing(ran
     before, owner = tree(run), (run / ".lock").read_text()
     assert json.loads(owner)["pid"] == job.pids[0]
     elsewhere = tmp_path.with_name(f"{tmp_path.name}-second")
-    second = ranks.start(common, 2, elsewhere)
-    assert second.wait() == [73, 73], second.output()
-    (line,) = [line for line in second.output().splitlines() if line.startswith("error: ")]
-    assert f"process {job.pids[0]} on" in line
+    for other in ([], ["global_batch_size=6"], [f"resume={tmp_path}/nowhere"]):  # mistakes, but by the way
+        second = ranks.start([*common, *other], 2, elsewhere)
+        assert second.wait() == [73, 73], second.output()
+        (line,) = [line for line in second.output().splitlines() if line.startswith("error: ")]
+        assert f"process {job.pids[0]} on" in line
     assert (tree(run), (run / ".lock").read_text()) == (before, owner)
     assert not cache.exists()
 

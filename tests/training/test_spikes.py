@@ -33,6 +33,7 @@ from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.spikes import MIN_SCALE, SpikeConfig, SpikeDetector
 from llmtrain.where import where
 from tests.ranks import PATCH, RECORD, free_port
+from tests.training.checkpoint.small import record, scalars
 from tests.training.faults import STEP
 from tests.training.nonfinite_ranks import CASES
 from tests.training.test_engine import batch, build
@@ -174,9 +175,12 @@ def test_checkpoints_that_the_run_never_came_to_are_set_aside_and_no_others(tmp_
     for step, rewinds in known.items():
         path = tmp_path / f"step_{step:08d}"
         path.mkdir()
-        record = json.dumps({"step": step, "rewinds": rewinds} if rewinds else {"step": step}).encode()
-        (path / "checkpoint.json").write_bytes(record)
-        Manifest(step, {"checkpoint.json": (len(record), hashlib.sha256(record).hexdigest())}).write(path)
+        known_by = {"rewinds": rewinds} if rewinds else {}
+        rest = {"parameters": {}, "scalars": scalars(step), **known_by}
+        content = json.dumps(record(step) | rest).encode()
+        (path / "checkpoint.json").write_bytes(content)
+        stamp = len(content), hashlib.sha256(content).hexdigest()
+        Manifest(step, {"checkpoint.json": stamp, "rank_00000.safetensors": (0, "")}).write(path)
     history = [Rewind(33, 10, (11, 40), 9.0, None), Rewind(27, 12, (43, 60), 9.0, None)]
     for _ in range(2):  # a start that was killed is followed by another
         hide_stale(tmp_path, history)
@@ -225,7 +229,7 @@ def left_out(file: Path, cases: list[str]) -> dict[str, Any]:
 def check_left_out(found: dict[str, Any]) -> None:
     for case, kinds in found.items():
         assert kinds.pop("good"), case
-        assert set(kinds) == {"nan", "inf", "loss", "norm"}
+        assert set(kinds) == {"nan", "inf", "infinite loss", "loss", "norm"}
         for kind, what in kinds.items():
             finite = kind in ("loss", "norm")
             assert what == {"applied": False, "finite": finite, "same": True, "moved": True}, (case, kind)

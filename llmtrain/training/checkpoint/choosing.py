@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmtrain import distributed
 from llmtrain.config import UserError
@@ -24,6 +24,8 @@ from llmtrain.training.checkpoint.manifest import (
 from llmtrain.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,17 @@ def choose(
     found = distributed.broadcast_object(candidates(resume, directory, at_most) if world.is_main else None)
     rejected: list[DamagedError] = []
     for path in found:
-        manifest = distributed.broadcast_object(_read_manifest(path) if world.is_main else None)
+        manifest = distributed.broadcast_object(_tried(Manifest.read, path) if world.is_main else None)
         if isinstance(manifest, DamagedError):
             wrong = [manifest]
         else:
             mine = damages(path, share(manifest.files, world.rank, world.world_size), tick=tick)
             wrong = [error for errors in distributed.gather_objects(mine) for error in errors]
         if not wrong:
-            record = distributed.broadcast_object(read_record(path) if world.is_main else None)
-            return Chosen(path, record, rejected)
+            record = distributed.broadcast_object(_tried(read_record, path) if world.is_main else None)
+            if not isinstance(record, DamagedError):
+                return Chosen(path, record, rejected)
+            wrong = [record]
         rejected.append(wrong[0])
         logger.warning("%s is damaged and passed over: %s: %s", path, wrong[0].file, wrong[0].reason)
     _fail_if_none(rejected)
@@ -112,7 +116,7 @@ def newest_verified(directory: Path) -> Path:
     rejected = []
     for path in _newest_first(directory):
         try:
-            verify(path)
+            _verify_and_read(path)
         except DamagedError as error:
             logger.warning("%s is damaged and passed over: %s: %s", path, error.file, error.reason)
             rejected.append(error)
@@ -125,7 +129,7 @@ def newest_verified(directory: Path) -> Path:
 def verified_checkpoint(checkpoint: Path) -> Path:
     """The checkpoint itself, every byte of it verified; UserError where one is wrong."""
     try:
-        verify(checkpoint)
+        _verify_and_read(checkpoint)
     except DamagedError as error:
         raise UserError(f"{error}; choose another checkpoint") from error
     return checkpoint
@@ -136,11 +140,18 @@ def _newest_first(directory: Path, at_most: int | None = None) -> list[Path]:
     return found[::-1]
 
 
-def _read_manifest(checkpoint: Path) -> Manifest | DamagedError:
+def _tried(read: Callable[[Path], T], checkpoint: Path) -> T | DamagedError:
+    """What is read, or what is wrong with it, for all ranks to hear."""
     try:
-        return Manifest.read(checkpoint)
+        return read(checkpoint)
     except DamagedError as error:
         return error
+
+
+def _verify_and_read(checkpoint: Path) -> None:
+    """DamagedError unless every byte is as it was written, and the record is one."""
+    verify(checkpoint)
+    read_record(checkpoint)
 
 
 def _refuse_to_lose(resume: str, own: Sequence[Path]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from llmtrain.distributed import usable_cores
+from llmtrain.training.checkpoint.record import parse_record
 
 MANIFEST = "MANIFEST.json"
 RECORD = "checkpoint.json"
@@ -23,11 +24,12 @@ CHUNK = 1 << 20
 Stamp = tuple[int, str]
 """A file's size in bytes, and its SHA-256 in hexadecimal."""
 
+RANK_FILE = re.compile(r"rank_\d{5,}\.safetensors", re.ASCII)
 PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 class DamagedError(Exception):
-    """A checkpoint is not what was written; nothing of it was parsed."""
+    """A checkpoint is not what was written, or not what a run writes."""
 
     def __init__(self, path: Path, file: str, reason: str) -> None:
         super().__init__(path, file, reason)  # all of them, so that it can be sent to other ranks
@@ -183,9 +185,18 @@ def verify(checkpoint: Path) -> Manifest:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """What checkpoint.json says, once its digest holds; DamagedError otherwise. Nothing else is read."""
-    check(checkpoint, RECORD, Manifest.read(checkpoint).files[RECORD])
-    return json.loads((checkpoint / RECORD).read_bytes())
+    """What checkpoint.json says, once its digest holds; nothing else is read.
+
+    DamagedError where it does not, or where that is no record of this checkpoint.
+    """
+    manifest = Manifest.read(checkpoint)
+    check(checkpoint, RECORD, manifest.files[RECORD])
+    ranks = sum(map(bool, map(RANK_FILE.fullmatch, manifest.files)))
+    try:
+        raw = (checkpoint / RECORD).read_bytes()
+        return parse_record(raw, step=manifest.step, ranks=ranks, size=manifest.size)
+    except ValueError as error:
+        raise DamagedError(checkpoint, RECORD, str(error)) from None
 
 
 def raise_first(found: Iterable[DamagedError]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmtrain.training.checkpoint.manifest import read_record
+from llmtrain.config import UserError
+from llmtrain.training.checkpoint.manifest import RECORD, read_record
 from llmtrain.training.checkpoint.tensors import map_tensors
 
 RANDOM = "random"
@@ -44,6 +45,13 @@ class CheckpointTensors:
                     key, _, start = rest.partition(":")
                     runs[name, key].append((int(start), tensor))
         self._runs = {at: sorted(found, key=lambda run: run[0]) for at, found in runs.items()}
+        for name, shape in self.shapes.items():
+            found = sum(len(tensor) for _, tensor in runs.get((name, "weight"), ()))
+            if found != prod(shape):
+                raise UserError(
+                    f"{checkpoint / RECORD}: parameters.{name}={list(shape)}: the files have {found:,} "
+                    "elements of it; choose another checkpoint"
+                )
 
     def read(self, name: str, key: str, start: int, count: int) -> Tensor:
         """`count` elements [count] from element `start` of a parameter's tensor, on the CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -174,9 +175,14 @@ class Engine:
         return self.deepspeed(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)
 
     def _backward(self, part: Batch, scale: torch.Tensor) -> torch.Tensor:
-        """Add a micro-batch's gradients; returns the losses of its rows."""
+        """Add a micro-batch's gradients; returns the losses of its rows.
+
+        Of a loss that is not finite no gradient is, so that the step is left out: by itself an infinite loss
+        may have finite ones.
+        """
         self.beat("forward")
         losses = self._forward(part)
+        scale = torch.where(losses.total.detach().isfinite(), scale, math.nan)
         self.beat("backward")
         self.deepspeed.backward(losses.total * scale, scale_wrt_gas=False)
         return losses.rows

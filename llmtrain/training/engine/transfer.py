@@ -19,7 +19,7 @@ class StepResult:
 
     source_losses, source_targets: fp64 [sources], sums of target losses and trained targets on all ranks.
     row_losses, row_targets: fp64 [rows], the same of each of this rank's rows.
-    grad_norm: global L2 norm before clipping; not finite where a gradient was not.
+    grad_norm: global L2 norm before clipping; not finite where a gradient or a loss was not.
     applied: False where the step was left out: because of that, or above the limits that it was given.
     stop: whether any rank asked to stop.
     """

@@ -24,11 +24,27 @@ def state(value: float, elements: int = 60) -> EngineState:
         Piece("w", start, {"weight": part, "exp_avg": (part / 2).to(torch.bfloat16)})
         for start, part in ((0, values[:half]), (half, values[half:]))
     ]
-    return EngineState(pieces, {"w": SHAPE}, {"optimizer_step": int(value)})
+    return EngineState(pieces, {"w": SHAPE}, scalars(int(value)))
+
+
+def scalars(step: int) -> dict[str, Any]:
+    """What an engine counts after so many steps."""
+    counters = {"global_steps": step, "global_samples": 8 * step, "skipped_steps": 0}
+    return {"optimizer": {"matrices": {"keys": ["weight"], "step": step}}, "counters": counters}
 
 
 def record(step: int) -> dict[str, Any]:
-    return {"step": step, "world_size": 1}
+    """What a run of one rank says of a step."""
+    source = {"manifest_hash": "ab", "tokens": 800, "fingerprint": "cd"}
+    return {
+        "step": step,
+        "world_size": 1,
+        "stage": 1,
+        "precision": "fp32",
+        "tokenizer": "ef",
+        "config": {"model": {}, "tokenizer": {}},
+        "data": {"windows": 8 * step, "stages": [[0, {"a": 1}]], "skip": [], "sources": {"a": source}},
+    }
 
 
 def config(**changed: Any) -> CheckpointConfig:

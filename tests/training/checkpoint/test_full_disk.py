@@ -16,8 +16,9 @@ import pytest
 from llmtrain.config import UserError
 from llmtrain.training.checkpoint import check_space, saving
 from llmtrain.training.checkpoint.manifest import verify
-from tests.ranks import Job
+from tests.ranks import PATCH, Job
 from tests.training.checkpoint.small import Told, config, names, record, saver, state
+from tests.training.faults import PHASE, STEP
 
 SMALL = 3 << 20
 
@@ -136,12 +137,21 @@ def test_a_disk_that_is_full_for_one_rank_ends_the_run_after_three_saves(ranks, 
 
 def test_a_last_step_that_is_not_saved_is_not_done(ranks, tiny, tmp_path):
     run = tmp_path / "run"
-    job = ranks.start([*tiny, "max_steps=9", "checkpoint.every=7"], 2, tmp_path)
-    until(job, lambda: events(run, "save"))
-    resource.prlimit(job.pids[1], resource.RLIMIT_FSIZE, (100_000, 100_000))
+    words = [*tiny, "max_steps=9", "checkpoint.every=7"]
+    environment = {PATCH: "tests.training.faults:fill_the_disk", PHASE: "data", STEP: "8"}
+    job = ranks.start(words, 2, tmp_path, environment)
     assert job.wait() == [1, 1], job.output()
     assert "ended after step 9, which is not saved" in job.output()
     assert "goes on from step 7" in job.output()
     assert not (run / "DONE").exists()
-    ranks.run([*tiny, "max_steps=9", "checkpoint.every=7"], 2, tmp_path)
+    assert events(run, "end") == [] and len(events(run, "save_failed")) == 1
+    page = (run / "report.html").read_text()
+    assert "not finished" in page and "save_failed" in page
+
+    job = ranks.start(words, 2, tmp_path, {PATCH: "tests.training.faults:refuse_done"})
+    assert job.wait() == [1, 1], job.output()
+    (line,) = [line for line in job.output().splitlines() if "DONE" in line]
+    assert line.startswith(f"{run}/DONE: File too large; every step is saved: make room, and the same ")
+    assert "Traceback" not in job.output() and not (run / "DONE").exists()
+    ranks.run(words, 2, tmp_path)
     assert (run / "DONE").exists()
