@@ -46,13 +46,8 @@ def files(run: Path) -> dict[str, bytes]:
 
 def test_a_run_through_its_lives(ranks, tiny, tmp_path, capsys):
     run = tmp_path / "run"
-    common = [
-        *tiny,
-        "max_steps=100000",
-        "scheduler=constant",
-        "checkpoint.every=5",
-        f"hang_timeout={PATIENCE}",
-    ]
+    endless = ["max_steps=100000", "scheduler=constant", "checkpoint.every=5", "logger.progress=auto"]
+    common = [*tiny, *endless, f"hang_timeout={PATIENCE}"]
     job = ranks.start(common, 2, tmp_path)
     wait_for(job, run, "running", step=7)
     seen = asked(run, capsys, 0)
@@ -74,6 +69,10 @@ def test_a_run_through_its_lives(ranks, tiny, tmp_path, capsys):
 
     job.kill()
     job.wait()
+    speaker, other = (file.read_text() for file in job.outputs)
+    for said in ("2 ranks on cpu, fp32, ZeRO 1 · attention sdpa (the fused one", " tok/s  "):
+        assert said in speaker and said not in other, "rank 0 alone speaks"
+    assert "\x1b" not in speaker
     seen = asked(run, capsys, 1)
     assert seen["state"] == "dead" and seen["owner"] is None and seen["seconds_left"] is None
     assert re.search(r"ended without a word, last heard of in \w+ of step \d+", seen["why"])
@@ -110,8 +109,9 @@ def ended(tmp_path: Path) -> RunDirectory:
     directory.config.write_text("max_steps: 10\nhang_timeout: 600\n")
     directory.append_event("start", step=0, seconds={})
     beat = {"job": "this", "rank": 0, "host": "a", "pid": 7, "phase": "forward", "step": 3, "turn": 1,
-            "waits": False, "collectives": 0, "beat": 0.0, "source": "",
-            "seconds": 1.0, "time": time.time(), "answers": False, "goodput": {"productive": 3.0, "idle": 1.0}, "trained": 2}  # fmt: skip
+            "waits": False, "collectives": 0, "beat": 0.0, "source": "", "seconds": 1.0,
+            "time": time.time(), "answers": False, "goodput": {"productive": 3.0, "idle": 1.0},
+            "trained": 2}  # fmt: skip
     directory.write_json("heartbeats/rank_00000.json", beat)
     return directory
 
