@@ -256,12 +256,13 @@ def _guard(job: Job, reading: int) -> NoReturn:
     os._exit(0)
 
 
-def supervise(command: list[str], received: list[signal.Signals]) -> int:
+def supervise(command: list[str], received: list[signal.Signals] | None = None) -> int:
     """Run `command` to its end, again as long as it wants to rewind, and return the exit code.
 
-    `received` is the list of `listen`. After the first signal the ranks have their grace to stop; a second
-    Ctrl-C ends them at once. A launcher that ends before its ranks has failed, whatever it returns.
+    After the first signal the ranks have their grace to stop; a second Ctrl-C ends them at once. A launcher
+    that ends before its ranks has failed, whatever it returns. `received`: from a `listen` of before.
     """
+    received = listen() if received is None else received
     told, started = Told(), time.time()
     newest, in_vain = "", 0
     with contextlib.closing(told):
@@ -321,7 +322,7 @@ def _verdict(job: Job, received: list[signal.Signals], lost_ranks: bool) -> int:
 
 def main() -> int:
     """Supervise the command in argv."""
-    code = supervise(sys.argv[1:], listen())
+    code = supervise(sys.argv[1:])
     if code and sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # a progress bar that was killed leaves the cursor hidden
     return code

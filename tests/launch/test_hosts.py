@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -53,10 +54,6 @@ def start(hosts, tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             process.kill()
 
 
-def job_folders() -> set[Path]:
-    return {path for path in Path("/tmp").glob("llmtrain-*-[01]") if path.is_dir()}
-
-
 def everybody_reads(word: str) -> bool:
     """Whether the word is in a command line of any process."""
     lines = []
@@ -70,7 +67,6 @@ def everybody_reads(word: str) -> bool:
 
 def test_two_hosts_train_what_one_does(hosts, start, ranks, tiny, tmp_path):
     """Every word arrives as it was written; the environment too, and in no list of processes."""
-    before = job_folders()
     plain = [*tiny, "deepspeed=zero2", "max_steps=6", f"output_dir={tmp_path}/one host"]
     ranks.run(plain, 2, tmp_path)
     prose = next(word.partition("=")[2] for word in tiny if word.startswith("+data.sources.prose.path"))
@@ -80,14 +76,13 @@ def test_two_hosts_train_what_one_does(hosts, start, ranks, tiny, tmp_path):
         *(f"output_dir={tmp_path}/two hosts", "name='${seq_len} \"quoted\" it\\'s $HOME `id` \\ ;&'"),
     ]
     job = start(*words, SECRET=CANARY, LLMTRAIN_EXPORT="SECRET")
-    seen = []
+    seen, folders = set(), set()
     while job.poll() is None:
         assert not everybody_reads(CANARY)
-        for process in hosts.processes("b", "llmtrain.train"):
-            try:
-                seen.append((process.environ().get("SECRET"), process.environ().get("RANK")))
-            except psutil.Error:
-                continue
+        for process in hosts.processes("b", "llmtrain"):
+            with suppress(psutil.Error):
+                seen.add((process.environ().get("SECRET"), process.environ().get("RANK")))
+                folders.update(word for word in process.cmdline() if word.startswith("/tmp/llmtrain-"))
         time.sleep(0.5)
     output = job.communicate()[0]
     assert job.returncode == 0, output
@@ -95,7 +90,7 @@ def test_two_hosts_train_what_one_does(hosts, start, ranks, tiny, tmp_path):
     assert curve(tmp_path / "two hosts") == curve(tmp_path / "one host")
     config = yaml.safe_load((tmp_path / "two hosts" / "config.yaml").read_text())
     assert config["name"] == '64 "quoted" it\'s $HOME `id` \\ ;&'
-    assert job_folders() == before
+    assert folders and not any(Path(folder).exists() for folder in folders)
 
 
 def test_what_is_wrong_is_a_line_a_host_and_nothing_starts(hosts, start, tmp_path):
@@ -127,6 +122,30 @@ def test_a_mistake_in_the_config_is_told_before_anything_starts(start):
     assert job.returncode == 78
     assert output.startswith("error: max_stepss=3: no such key")
     assert output.count("\n") == 1
+
+
+REWINDS = """
+import json, os, sys
+from pathlib import Path
+
+folder, rank = Path(os.environ["STAND_IN"]), os.environ["RANK"]
+if not (folder / f"began-{rank}").exists():
+    (folder / f"began-{rank}").touch()
+    sys.exit(89)
+(folder / "DONE").touch()
+told = {"run": str(folder), "grace_seconds": 1, "done": True}
+Path(os.environ["LLMTRAIN_SUPERVISOR"]).write_text(json.dumps(told))
+"""
+
+
+def test_a_run_that_rewinds_is_started_again_on_both_hosts(start, stand_in):
+    """Which takes no more than a `llmtrain.train` that ends with 89 and then is done, on each host."""
+    (stand_in / "llmtrain" / "train.py").write_text(REWINDS)
+    job = start(PYTHONPATH=str(stand_in), STAND_IN=str(stand_in), LLMTRAIN_EXPORT="STAND_IN")
+    output = job.communicate(timeout=240)[0]
+    assert job.returncode == 0, output
+    assert output.count("the run goes back before a spike: starting it again") == 2
+    assert {path.name for path in stand_in.glob("began-*")} == {"began-0", "began-1"}
 
 
 LONG = ["deepspeed=zero2", "max_steps=100000", "checkpoint.every=100000"]
