@@ -14,14 +14,10 @@ source "$launch/setup.sh"
 
 fail() { printf 'local: %s\n' "$*" >&2; exit 78; }
 
-# Questions to Hydra are answered by one process, and a sweep starts its own.
-for argument in "$@"; do
-    case $argument in
-        -h | --help | --hydra-help | --version | -c | --cfg | --cfg=* | -i | --info | --info=* | -m | --multirun)
-            exec python -m llmtrain.train "$@"
-            ;;
-    esac
-done
+LLMTRAIN_JOB=$(printf '%q ' bash "$launch/local.sh")
+export LLMTRAIN_JOB
+source "$launch/questions.sh" "$@"
+unset LLMTRAIN_JOB
 
 ranks=${LLMTRAIN_RANKS:-$(python -m llmtrain.ranks "$@")}
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "LLMTRAIN_RANKS=$ranks is not a number of processes"

@@ -103,7 +103,7 @@ class Told:
 class Job:
     """A command in its own session, and every process that it starts there."""
 
-    def __init__(self, command: list[str], told: Told, started: float) -> None:
+    def __init__(self, command: list[str], told: Told, started: float, stderr: int | None = None) -> None:
         """`started`: when the first of the jobs that run this command one after another was."""
         told.forget()
         self.told = told
@@ -112,6 +112,7 @@ class Job:
             command,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
+            stderr=stderr,
             env={**os.environ, SUPERVISOR: str(told.file), "LLMTRAIN_STARTED": repr(started)},
         )
         self.had_ranks = False
@@ -255,13 +256,14 @@ def _guard(job: Job, reading: int) -> NoReturn:
     os._exit(0)
 
 
-def supervise(command: list[str]) -> int:
+def supervise(command: list[str], received: list[signal.Signals] | None = None) -> int:
     """Run `command` to its end, again as long as it wants to rewind, and return the exit code.
 
     After the first signal the ranks have their grace to stop; a second Ctrl-C ends them at once. A launcher
-    that ends before its ranks has failed, whatever it returns.
+    that ends before its ranks has failed, whatever it returns. `received`: from a `listen` of before.
     """
-    received, told, started = listen(), Told(), time.time()
+    received = listen() if received is None else received
+    told, started = Told(), time.time()
     newest, in_vain = "", 0
     with contextlib.closing(told):
         while True:

@@ -7,9 +7,7 @@ rank of a job would make its own, and `hydra.main` drops what a program returns.
 from __future__ import annotations
 
 import argparse
-import logging
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +33,7 @@ from llmtrain.config.door import plain_door, rank_door
 from llmtrain.config.errors import UserError, describe, did_you_mean
 from llmtrain.config.help_page import SHARED, config_groups, help_page
 from llmtrain.config.secrets import redact, refusal, texts_of
+from llmtrain.config.sweep import run_each
 from llmtrain.distributed import World
 from llmtrain.importing import signals_end_it
 
@@ -127,14 +126,14 @@ class _Door(Generic[C]):
         _refuse_secrets(map(_assigned, options.overrides))
         module = _module_of(self.run)
         tree = _Tree(self.directory, options.config_dir, self.primary)
-        if options.multirun:
-            return _run_each(options, module, tree, world)
         if options.help or options.cfg or options.info:
             if world.is_main:
                 _show(options, self.doc, module.rpartition(".")[2], tree)
             return 0
         with signals_end_it():
             root = self.root if isinstance(self.root, type) else self.root()
+        if options.multirun:
+            return run_each(module, _jobs_of(options, root, tree, world))
         return self.run(
             compose(root, options.overrides, tree.directory, tree.config_dir, primary=tree.primary)
         )
@@ -229,22 +228,24 @@ def _ask_hydra_itself(argv: Sequence[str], tree: _Tree) -> None:
         sys.argv = before
 
 
-def _run_each(options: argparse.Namespace, module: str, tree: _Tree, world: World) -> int:
-    """`--multirun`: each combination in a process of its own, one after another; the first bad code, or 0."""
+def _jobs_of(options: argparse.Namespace, root: type[Config], tree: _Tree, world: World) -> list[list[str]]:
+    """`--multirun`: the words of each combination's job, all of which are valid."""
     if world.world_size > 1:
         raise UserError(
-            f"--multirun under a launcher would run the whole sweep in each of the {world.world_size} "
-            "ranks: start it as a single process, or one job after another"
+            f"--multirun under a launcher would run the whole sweep in each of the {world.world_size} ranks: "
+            "start it with launch/local.sh or launch/hostfile.sh, whose jobs are of many ranks"
         )
-    codes = []
+    jobs = []
+    extra = ["--config-dir", options.config_dir] if options.config_dir else []
     for number, overrides in enumerate(_combinations(options.overrides)):
-        composed = _compose(overrides, tree)
-        own = [_numbered(key, composed[key], number) for key in ("name", "output_dir") if key in composed]
-        extra = ["--config-dir", options.config_dir] if options.config_dir else []
-        command = [sys.executable, "-m", module, *overrides, *own, *extra]
-        logging.getLogger(__name__).info("job %d: %s", number, " ".join(overrides))
-        codes.append(subprocess.run(command, check=False).returncode)
-    return next((code for code in codes if code), 0)
+        config = compose(root, overrides, tree.directory, tree.config_dir, tree.primary)
+        own = [
+            _numbered(key, getattr(config, key), number)
+            for key in ("name", "output_dir")
+            if key in root.model_fields
+        ]
+        jobs.append([*overrides, *own, *extra])
+    return jobs
 
 
 def _numbered(key: str, value: Any, number: int) -> str:

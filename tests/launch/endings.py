@@ -107,7 +107,7 @@ def ending(
     finally:
         for member in marked(mark):
             member.kill()
-    lost = None if job == "stock" else _lost(folder / "run")
+    lost = None if job == "stock" else lost_steps(folder / "run")
     return Ending(code if code >= 0 else 128 - code, seconds, left, lost, (folder / "output").read_text())
 
 
@@ -153,7 +153,7 @@ def clean_environment(job: Job, folder: Path) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(package.parent), "STAND_IN": str(folder), "MODE": "orderly"}
 
 
-def _lost(run: Path) -> int:
+def lost_steps(run: Path) -> int:
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     saved = [int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*")]
     return max(steps) - max(saved, default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def documents(file: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(file.read_text()))
 
 
-def built(overlay: str) -> list[dict[str, Any]]:
+def built(overlay: str | Path) -> list[dict[str, Any]]:
     """What `kubectl apply -k` would send."""
     command = ["kubectl", "kustomize", str(K8S / overlay)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
@@ -169,6 +170,24 @@ def test_the_arguments_are_a_config(overlay):
             mounts = [mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]]
             assert any(str(config.output_dir).startswith(f"{mount}/") for mount in mounts)
             assert any(str(config.cache_dir).startswith(mount) for mount in mounts)
+
+
+@needs_kubectl
+def test_the_documentation_s_kustomization_builds(tmp_path):
+    page = (LAUNCH.parent / "docs" / "kubernetes.md").read_text()
+    named = re.findall(r"kubectl (?:apply -k|kustomize) launch/k8s/(\S+)", page)
+    assert set(OVERLAYS) > set(named) >= {"job", "object-storage"}
+    (own,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    shutil.copytree(K8S, tmp_path / "launch" / "k8s")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kustomization.yaml").write_text(own)
+    job = the("Job", built(tmp_path / "mine"))
+    (container,) = pod_specs(job)[0]["containers"]
+    assert container["image"] == "registry.example.org/llmtrain:1"
+    assert container["env"][0] == {"name": "PET_NNODES", "value": "4"}
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (4, 4)
+    assert compose(TrainConfig, container["args"]).name
+    validate(job)
 
 
 # Pods of the manifests, as processes: the first of a PID namespace each, over one network.

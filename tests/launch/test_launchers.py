@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.conftest import LAUNCH
 from tests.ranks import free_port
 
 BIN = Path(sys.executable).parent
@@ -80,3 +81,15 @@ def test_the_environment_of_srun(tiny, tmp_path, environment, expected):
 @pytest.mark.quiet
 def test_nothing_is_left_in_shared_memory():
     assert list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")) == []
+
+
+def test_a_sweep_queues_jobs_of_several_ranks(tiny, tmp_path, environment):
+    """Each in a directory of its own."""
+    command = ["bash", str(LAUNCH / "local.sh"), "--multirun", *tiny, "max_steps=1,2"]
+    scripts = {"LLMTRAIN_SKIP_SETUP": "1", "LLMTRAIN_RANKS": "2", "PYTHONPATH": str(LAUNCH.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment | scripts, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for number in (0, 1):
+        run = tmp_path / f"run-{number}"
+        assert len(losses(run)) == number + 1
+        assert json.loads((run / "events.jsonl").read_text().splitlines()[0])["ranks"] == 2
