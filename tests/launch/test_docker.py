@@ -39,6 +39,7 @@ def test_every_library_is_pinned_to_a_version_that_the_project_allows():
         name = canonicalize_name(requirement.name)
         assert name in pins, f"docker/constraints.txt lacks {name}"
         assert requirement.specifier.contains(pins[name], prereleases=True), f"{requirement}: {pins[name]}"
+    assert f'ARG TORCH="torch=={pins["torch"]}+cpu ' in DOCKERFILE.read_text()
 
 
 def test_the_documentation_builds_with_arguments_that_there_are():
