@@ -17,7 +17,8 @@ from llmtrain.training.config import TrainConfig
 from tests.training.test_keys import keys
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {page: (DOCS / f"{page}.md").read_text() for page in ("data", "model", "reliability", "watching")}
+TRIED = ("data", "model", "multinode", "reliability", "watching")
+PAGES = {page: (DOCS / f"{page}.md").read_text() for page in TRIED}
 YAML = re.findall(r"```yaml\n(.*?)```", PAGES["data"], re.S)
 
 
@@ -78,6 +79,15 @@ def test_every_command_about_watching_answers(ranks, tiny, tmp_path, monkeypatch
         words = [path for word in words for path in (runs if word == "runs/*" else [word])]
         assert (program, llmtrain(words)) == ("llmtrain", 0), command
     assert (tmp_path / "compare.html").is_file()
+
+
+def test_every_command_about_many_nodes_is_valid():
+    """tests/launch runs the scripts; of a sweep this takes the first job."""
+    for command in commands("multinode"):
+        program, script, *words = shlex.split(command)
+        assert program == "bash"
+        assert (DOCS.parent / script).is_file()
+        compose(TrainConfig, [word.partition(",")[0] for word in words if "=" in word])
 
 
 def test_the_yaml_composes(tmp_path):

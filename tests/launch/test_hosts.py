@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.launch.conftest import LAUNCH, wait_for
+from tests.launch.conftest import LAUNCH, TRAIN, wait_for
 from tests.launch.endings import clean_environment, lost_steps
 from tests.launch.hosts import Hosts, killed, missing
 from tests.soak.lives import curve
@@ -172,6 +172,35 @@ def test_a_signal_to_the_head_stops_both_hosts(hosts, start, tiny, tmp_path, num
     assert job.returncode == code
     assert hosts.nobody_left(60), hosts.left()
     assert lost_steps(tmp_path / "run") == 0
+
+
+@pytest.mark.slow
+def test_a_lost_connection_stops_both_hosts(hosts, start, tiny, tmp_path):
+    """One host's ssh dies: its node saves and leaves, and so the others do."""
+    job = start(*tiny, *LONG)
+    wait_for(tmp_path / "run" / "metrics.jsonl", seconds=240)
+    (ssh,) = [
+        each for each in hosts.processes("a", "node.py") if each.name() == "ssh" and "b" in each.cmdline()
+    ]
+    ssh.kill()
+    output = job.communicate(timeout=240)[0]
+    assert job.returncode == 85, output
+    assert hosts.nobody_left(60), hosts.left()
+    assert lost_steps(tmp_path / "run") == 0
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_kills_the_ranks_of_both_hosts(hosts, start, stand_in):
+    (stand_in / "llmtrain" / "train.py").write_text(TRAIN)
+    names = {"PYTHONPATH": str(stand_in), "STAND_IN": str(stand_in), "MODE": "stubborn"}
+    job = start(**names, LLMTRAIN_EXPORT="STAND_IN MODE")
+    wait_for(stand_in / "started-0", stand_in / "started-1", seconds=240)
+    job.send_signal(signal.SIGINT)
+    wait_for(stand_in / "signals-0", stand_in / "signals-1", seconds=60)
+    job.send_signal(signal.SIGINT)
+    output = job.communicate(timeout=240)[0]
+    assert job.returncode == 137, output
+    assert hosts.nobody_left(60), hosts.left()
 
 
 @pytest.mark.slow
