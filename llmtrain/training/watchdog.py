@@ -37,6 +37,7 @@ from llmtrain.training.goodput import Account, account_before
 from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.launcher import tell_code
+from llmtrain.training.report import write_last_report
 from llmtrain.training.run_directory import RunDirectory, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -313,6 +314,7 @@ class Watchdog:
             self._directory.append_event("hang", step=self._heart.last.step, verdict=sentence)
         except OSError as error:
             logger.warning("%s: %s", self._directory.events, error)
+        write_last_report(self._directory.path)
 
     def _dump_stacks(self) -> None:
         try:

@@ -46,6 +46,7 @@ def test_the_first_error_has_the_word_and_no_key_is_told(ranks, tiny, tmp_path):
     (event,) = [event for event in RunDirectory(run).read_events() if event["event"] == "crash"]
     assert (event["rank"], event["step"], event["type"]) == (1, 3, "LookupError")
     assert event["message"] == first["message"] and event["file"] == "crash-rank1.json"
+    assert '<span class="chip warn">crash</span>' in (run / "report.html").read_text()
 
     ranks.run([*tiny, "max_steps=4"], 2, tmp_path)
     assert not list(run.glob("crash-*")) and (run / "DONE").exists()
@@ -68,6 +69,9 @@ def test_a_rank_that_was_killed_is_gone_without_a_word(ranks, tiny, tmp_path):
     assert crash(run, 0)["secondary"] is True
     assert "another rank failed: it is gone without a word" in job.outputs[0].read_text()
     assert not (run / "crash-rank1.json").exists()
+    (event,) = [event for event in RunDirectory(run).read_events() if event["event"] == "crash"]
+    assert event["rank"] is None and event["message"].startswith("it is gone without a word")
+    assert '<span class="chip warn">crash</span>' in (run / "report.html").read_text()
 
 
 def test_the_earliest_crash_of_this_job_is_the_first_whatever_its_rank(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import html
 import json
 import os
 import re
@@ -61,6 +62,7 @@ def the_verdict(run: Path, job: Job, ranks: list[int]) -> str:
         stacks = (run / "stacks" / f"rank_{rank:05d}.txt").read_text()
         assert "Thread" in stacks and "train.py" in stacks, stacks
     assert not (run / "DONE").exists()
+    assert html.escape(event["verdict"]) in (run / "report.html").read_text()
     return event["verdict"]
 
 
