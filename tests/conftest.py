@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -21,6 +22,11 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that a run takes over, and leaves ignored: children would inherit that."""
+
+
+def pytest_collection_finish() -> None:
+    """Every engine that is built collects garbage: what is here by now need not be looked through again."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

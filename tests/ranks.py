@@ -9,6 +9,7 @@ under the environment that torchrun would set. Its standard output and error go 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -170,6 +171,7 @@ def serve() -> None:
     os.dup2(2, 1)
     for module in WARM:
         importlib.import_module(module)
+    gc.freeze()  # what is here now is looked through by no collection of a rank
     codes: dict[int, int | None] = {}
     for line in sys.stdin:
         request = json.loads(line)
