@@ -195,6 +195,7 @@ class Watchdog:
         """Seconds in which this rank has not moved; if it waits for the text of others, none of them either.
 
         How the others move is read from their heartbeats, late and rarely: there may be a thousand of them.
+        Who stands still finds that out first: the others give it half of `hang_timeout` more.
         """
         last, now = self._heart.last, time.monotonic()
         late = now - last.at
@@ -211,7 +212,7 @@ class Watchdog:
             self._others = beats
             others = (one["seconds"] for rank, one in enumerate(heartbeats) if rank != self._world.rank)
             self._moved = now - min(others, default=late)
-        return min(late, now - self._moved)
+        return min(late, now - self._moved - self._timeout / 2)
 
     def _write(self, answers: bool = False) -> None:
         last, now = self._heart.last, time.monotonic()
