@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,16 @@ def test_a_mistake_before_the_run_begins_is_told_to_the_others_and_leaves_nothin
     )
     watchdogs[0].stop()
     assert list(tmp_path.iterdir()) == []
-    watchdogs[0]._leave_start()  # as where both have left at once, and the other one was quicker
+
+
+def test_ranks_may_leave_the_start_at_the_same_time(tmp_path):
+    watchdogs = [Watchdog(RunDirectory(tmp_path), World(rank, 2), Heart(), None, "job") for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(300):
+            for watchdog in watchdogs:
+                watchdog._write()
+            list(pool.map(Watchdog._leave_start, watchdogs))
+            assert list(tmp_path.iterdir()) == []
 
 
 def test_a_job_that_finds_the_directory_locked_touches_nothing(ranks, tiny, tmp_path):
