@@ -72,6 +72,17 @@ def ranks() -> Iterator[RankServer]:
 
 
 @pytest.fixture(scope="session")
+def cpu_ranks(ranks: RankServer) -> Iterator[RankServer]:
+    """The same on the CPU, whatever the machine has."""
+    if ranks.cpu:
+        yield ranks
+        return
+    server = RankServer(cpu=True)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources of real text from the standard library: `code/*.py` and `prose.jsonl`."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
