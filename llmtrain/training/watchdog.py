@@ -154,7 +154,7 @@ class Watchdog:
         """Every rank has had a heartbeat there: who leaves as the last one takes the directory away."""
         self._file(self._world.rank).unlink(missing_ok=True)
         with suppress(FileNotFoundError):  # one that leaves at the same time was quicker
-            if not any(name.startswith("rank_") for name in os.listdir(self._beats)):
+            if not any(file.name.startswith("rank_") for file in self._beats.iterdir()):
                 shutil.rmtree(self._beats, ignore_errors=True)
 
     def end_if_hung(self, error: Exception) -> None:
