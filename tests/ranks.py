@@ -3,8 +3,8 @@
 A launcher starts a fresh interpreter a rank, which costs seconds of imports on a small machine. `RankServer`
 imports once in a clean process of its own (no threads, no process group) and forks a process a rank for each
 run. What a rank then does is what `python -m llmtrain.train` does: the door's `main` with its arguments,
-under the environment that torchrun would set. Its output goes to a file. Modules of the tests with such a `main`
-are run in the same way.
+under the environment that torchrun would set. Its output goes to a file. Modules of the tests that have such
+a `main` are run in the same way.
 """
 
 from __future__ import annotations
