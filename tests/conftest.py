@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -21,6 +22,11 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that a run takes over, and leaves ignored: children would inherit that."""
+
+
+def pytest_collection_finish() -> None:
+    """Every engine that is built collects garbage: what is here by now need not be looked through again."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -61,6 +67,17 @@ def alone() -> Iterator[None]:
 def ranks() -> Iterator[RankServer]:
     """Forks ranks of `llmtrain.train`; see tests/ranks.py."""
     server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def cpu_ranks(ranks: RankServer) -> Iterator[RankServer]:
+    """The same on the CPU, whatever the machine has."""
+    if ranks.cpu:
+        yield ranks
+        return
+    server = RankServer(cpu=True)
     yield server
     server.close()
 

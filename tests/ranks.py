@@ -3,12 +3,14 @@
 A launcher starts a fresh interpreter a rank, which costs seconds of imports on a small machine. `RankServer`
 imports once in a clean process of its own (no threads, no process group) and forks a process a rank for each
 run. What a rank then does is what `python -m llmtrain.train` does: the door's `main` with its arguments,
-under the environment that torchrun would set. Its standard output and error go to a file.
+under the environment that torchrun would set. Its output goes to a file. Modules of the tests that have such
+a `main` are run in the same way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -89,11 +91,12 @@ class Job:
 
 
 class RankServer:
-    """A warm process that forks ranks on request."""
+    """A warm process that forks ranks on request; where two GPUs are they take NCCL, unless `cpu`."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu: bool = False) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if visible_accelerators() < 2:  # two ranks take NCCL where two GPUs are, else gloo on the CPU
+        self.cpu = cpu or visible_accelerators() < 2
+        if self.cpu:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", SERVER],
@@ -110,9 +113,9 @@ class RankServer:
         ranks: int,
         directory: Path,
         env: Mapping[str, str] | None = None,
-        door: str = "train",
+        door: str = "llmtrain.train",
     ) -> Job:
-        """Start `ranks` processes of a door with these arguments, in `directory`."""
+        """Start `ranks` processes of a door (a module with `main`) with these arguments, in `directory`."""
         directory.mkdir(parents=True, exist_ok=True)
         port = free_port()
         pids, outputs = [], []
@@ -139,11 +142,17 @@ class RankServer:
         return Job(self, pids, outputs)
 
     def run(
-        self, arguments: Sequence[str], ranks: int, directory: Path, env: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[str],
+        ranks: int,
+        directory: Path,
+        env: Mapping[str, str] | None = None,
+        door: str = "llmtrain.train",
+        timeout: float = 240,
     ) -> Job:
         """`start`, and wait; AssertionError with what was printed if a rank did not end well."""
-        job = self.start(arguments, ranks, directory, env)
-        codes = job.wait()
+        job = self.start(arguments, ranks, directory, env, door)
+        codes = job.wait(timeout)
         assert codes == [0] * ranks, f"exit codes {codes}\n{job.output()}"
         return job
 
@@ -170,6 +179,7 @@ def serve() -> None:
     os.dup2(2, 1)
     for module in WARM:
         importlib.import_module(module)
+    gc.freeze()  # what is here now is looked through by no collection of a rank
     codes: dict[int, int | None] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -201,7 +211,7 @@ def _fork(request: dict[str, Any]) -> int:
     os.chdir(request["cwd"])
     code = 1
     try:
-        main = importlib.import_module(f"llmtrain.{request['door']}").main
+        main = importlib.import_module(request["door"]).main
 
         adapt()
         code = main(request["argv"])

@@ -40,7 +40,7 @@ def test_a_run_that_goes_on_is_tried_and_left_alone(ranks, tiny, tmp_path):
     common = [*tiny, "deepspeed=zero3", "data.validation_fraction=0.3", "callbacks.sample.max_new_tokens=2"]
     ranks.run([*common, "max_steps=2"], 2, tmp_path)
     before = tree(tmp_path)
-    job = ranks.start(common, 2, tmp_path, door="check")
+    job = ranks.start(common, 2, tmp_path, door="llmtrain.check")
     assert job.wait() == [0, 0], job.output()
     assert tree(tmp_path) == before
     assert list(tmp_path.glob(f"**/{PREFIX}*")) == []
@@ -66,7 +66,9 @@ def wait_for_build(job: Job) -> None:
 
 
 def test_sigterm_in_the_middle_leaves_nothing(ranks, tiny, tmp_path):
-    job = ranks.start([*tiny, "global_batch_size=4096", "micro_batch_size=1"], 1, tmp_path, door="check")
+    job = ranks.start(
+        [*tiny, "global_batch_size=4096", "micro_batch_size=1"], 1, tmp_path, door="llmtrain.check"
+    )
     wait_for_build(job)
     assert list(tmp_path.glob(f"{PREFIX}*"))
     job.kill(signal.SIGTERM)
@@ -82,7 +84,7 @@ def test_what_fails_on_rank_0_alone_ends_every_rank_with_one_line(ranks, tiny, t
         ("refuse_export", [1, 1], "No space left on device"),
     ):
         environment = {PATCH: f"tests.training.faults:{patch}"}
-        job = ranks.start(tiny, 2, tmp_path, environment, door="check")
+        job = ranks.start(tiny, 2, tmp_path, environment, door="llmtrain.check")
         assert job.wait() == code, job.output()
         (line,) = [line for line in job.output().splitlines() if line.startswith("error: ")]
         assert says in line and "Traceback" not in job.output()
@@ -90,7 +92,9 @@ def test_what_fails_on_rank_0_alone_ends_every_rank_with_one_line(ranks, tiny, t
 
 
 def test_what_a_killed_check_left_is_removed_by_the_next_and_what_lives_stays(ranks, tiny, tmp_path):
-    job = ranks.start([*tiny, "global_batch_size=4096", "micro_batch_size=1"], 1, tmp_path, door="check")
+    job = ranks.start(
+        [*tiny, "global_batch_size=4096", "micro_batch_size=1"], 1, tmp_path, door="llmtrain.check"
+    )
     wait_for_build(job)
     (left,) = tmp_path.glob(f"{PREFIX}*")
     trial.sweep(tmp_path)

@@ -46,6 +46,7 @@ def tiny_run(corpus: Path, cache: Path, output: Path) -> list[str]:
         "log_every=1",
         "callbacks.evaluation.every=0",
         "callbacks.sample.every=0",
+        "callbacks.sample.max_new_tokens=4",
         "logger.progress=none",
         "scheduler.warmup_steps=4",
         f"cache_dir={cache}",

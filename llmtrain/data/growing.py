@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from llmtrain.config import UserError
 from llmtrain.config.secrets import without_secrets
 from llmtrain.data import readers
-from llmtrain.data.artefacts import Tick, artefact_key, locked, no_tick, write_whole
+from llmtrain.data.artefacts import Tick, artefact_key, computing, locked, no_tick, touching, write_whole
 from llmtrain.data.config import DataConfig, SourceConfig
 from llmtrain.data.records import Part
 from llmtrain.data.shard_format import load_manifest
@@ -129,7 +129,7 @@ class Preparation:
         self._say_not_kept(self._not_kept(numbers))
 
     def finish(self, tick: Tick = no_tick) -> bool:
-        """Index both splits if every part is done; whether that is so. `tick` while another one does it.
+        """Index both splits if every part is done; whether that is so. `tick` as somebody gets on with it.
 
         UserError where a file turns out to have too many bad records, or nothing is left to train on.
         """
@@ -137,7 +137,8 @@ class Preparation:
             return True
         if len(self.done()) < len(self.parts):
             return False
-        with locked(self.directory / ".index.lock", f"source {self.name}", tick):
+        lock = self.directory / ".index.lock"
+        with locked(lock, f"source {self.name}", tick), computing(touching(lock, tick)):
             if not self.complete:
                 self._index()
         return True

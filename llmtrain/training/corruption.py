@@ -22,6 +22,7 @@ from llmtrain import distributed
 from llmtrain.config import Config, ExitCode, UserError
 from llmtrain.data.batch import Batch
 from llmtrain.training.engine.replicas import checksum, replicas, rounded
+from llmtrain.training.report import write_last_report
 
 if TYPE_CHECKING:
     from llmtrain.training.build import Run
@@ -165,6 +166,7 @@ def _stop(run: Run, found: Mismatch, hosts: Sequence[str]) -> None:
             what=found.what,
             tensors=found.tensors,
         )
+        write_last_report(run.directory.path)
     raise UserError(
         f"silent corruption after step {run.step}: {one_of}{ranks} {found.what}"
         f"{f' ({tensors}{more})' if tensors else ''}; nothing was saved: take that machine out, and start "

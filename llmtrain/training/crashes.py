@@ -14,6 +14,7 @@ from llmtrain.config import ExitCode, UserError
 from llmtrain.config.secrets import without_secrets
 from llmtrain.distributed import World
 from llmtrain.training.heartbeat import Beat
+from llmtrain.training.report import write_last_report
 from llmtrain.training.run_directory import STARTING, RunDirectory
 from llmtrain.training.run_lock import time_now
 
@@ -32,7 +33,8 @@ class Crashes:
         """Write crash-rank<r>.json; `secondary`: the error follows from another rank's.
 
         Before the run has begun a mistake of the user's, and what follows from it, is kept in .starting/,
-        where the other ranks read it until they leave. The rank that failed first appends the event.
+        where the other ranks read it until they leave. The rank that failed first appends the event; of one
+        that is gone without a word rank 0 does.
         """
         crash = {
             "time": time_now(),
@@ -52,6 +54,8 @@ class Crashes:
             self._directory.write_json(f"{STARTING}/{name}" if passes else name, crash)
             if not (passes or secondary or _has_an_event(error)):
                 self._append()
+            if secondary and begun and self._rank == 0 and self._first() is None:
+                self._tell(rank=None, step=last.step, message=self.first(error))
         except OSError as cause:
             logger.warning("%s: no crash can be kept: %s", self._directory.path, cause)
 
@@ -70,7 +74,12 @@ class Crashes:
         if found and found[1]["rank"] == self._rank:
             file, crash = found
             told = {key: crash[key] for key in ("rank", "step", "type")}
-            self._directory.append_event("crash", **told, message=_first_line(crash), file=file.name)
+            self._tell(**told, message=_first_line(crash), file=file.name)
+
+    def _tell(self, **told: Any) -> None:
+        """The event, and the report that shows it."""
+        self._directory.append_event("crash", **told)
+        write_last_report(self._directory.path)
 
     def _first(self) -> tuple[Path, dict[str, Any]] | None:
         """The earliest crash of this job that follows from no other, and its file."""

@@ -186,6 +186,7 @@ def advise(events: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) ->
     if failed:
         between = (sum(seconds.values()) - seconds.get("idle", 0.0)) / failed
     else:
-        ranks = next((event["ranks"] for event in reversed(events) if "ranks" in event), 1)
+        starts = [event for event in events if event.get("event") in ("start", "resume")]
+        ranks = starts[-1].get("ranks", 1) if starts else 1
         between = DEVICE_HOURS_BETWEEN_FAILURES * 3600 / ranks
     return Advice(sum(costs) / len(costs), between, failed)

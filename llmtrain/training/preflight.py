@@ -184,6 +184,7 @@ def check_samples(
         texts = [document.text for document in sample_source(source, SAMPLE_BYTES, config.data)]
         if not texts:
             continue
+        tick()
         found = coverage(tokenizer, texts)
         yield Note(f"{name}: {found.words}, in {len(texts)} documents")
         for warning in found.warnings:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import re
+import logging
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,12 +13,19 @@ from typing import Any
 import yaml
 
 from llmtrain.training.report_goodput import goodput_section
+from llmtrain.training.report_heldout import change, heldout_section
 from llmtrain.training.report_mixture import QUARANTINE, mixture_section, stage_steps
 from llmtrain.training.report_page import Chart, Trace, number, page, table
+from llmtrain.training.report_samples import samples_section
 from llmtrain.training.report_spikes import spikes_section
 from llmtrain.training.rewinds import merged, read_rewinds
 from llmtrain.training.run_directory import RunDirectory, write_atomically
 from llmtrain.training.words import count, describe_model, short, span
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds that a process which ends waits for its last report."""
 
 MOST_POINTS = 2000
 """Points of a curve; a longer one is drawn as means of buckets, so that the page stays small."""
@@ -27,19 +34,12 @@ MOST_EVENTS = 200
 FIRST_EVENTS = 20
 """Of more events than MOST_EVENTS, the first few and the newest are shown."""
 
-MOST_SAMPLES = 12
 MOST_MARKS = 12
 MOST_NAME = 90
 """Characters of a kernel's name that are shown; the rest is in its tool tip."""
 
 PALETTE = 8
 """Colours that the page has for sources, c0 to c7; sources beyond that begin anew."""
-
-BASELINES = {
-    "model": "bits_per_byte",
-    "token unigram": "unigram_bits_per_byte",
-    "context shuffled": "shuffled_bits_per_byte",
-}
 
 MARKS = {"resume": "resumed", "spike": "spike", "rewind": "rewound"}
 """Events that the loss curve shows, and as what."""
@@ -64,6 +64,24 @@ def write_report(run: Path) -> Path:
     return write_atomically(directory.report, _Report(directory).html())
 
 
+def write_last_report(run: Path) -> None:
+    """`write_report` where a process ends for something that went wrong, so that its event is shown.
+
+    Nothing waits longer than PATIENCE for it, and what it fails of is told and no error: the disk may be what
+    went wrong.
+    """
+
+    def write() -> None:
+        try:
+            write_report(run)
+        except Exception as error:  # the process ends as it would have without
+            logger.warning("no report: %s: %s", type(error).__name__, error)
+
+    writing = threading.Thread(target=write, daemon=True, name="llmtrain-report")
+    writing.start()
+    writing.join(PATIENCE)
+
+
 class _Report:
     """The files of a run, and the sections of its page as HTML."""
 
@@ -85,8 +103,8 @@ class _Report:
             self._header(),
             self._curves(),
             self._mixture(),
-            self._held_out(),
-            self._samples(),
+            heldout_section(self.heldout, self._dot, self._draw),
+            samples_section(self.directory.samples),
             self.goodput,
             self._profile(),
             spikes_section(self.events, self._dot),
@@ -118,7 +136,7 @@ class _Report:
         batch = f"{rows} rows of {length} a step" if rows and length else ""
         speeds = [line["perf/tokens_per_second"] for line in self.lines if line.get("perf/tokens_per_second")]
         bits, unigram = self._newest("bits_per_byte"), self._newest("unigram_bits_per_byte")
-        gain = f"bits per byte, {_change(bits, unigram)} against unigram" if unigram else "bits per byte"
+        gain = f"bits per byte, {change(bits, unigram)} against unigram" if unigram else "bits per byte"
         return [
             ("Steps", _steps(last.get("step", 0), self.config.get("max_steps")), ""),
             ("Tokens trained", number(last.get("train/tokens"), short), batch),
@@ -197,48 +215,6 @@ class _Report:
         kept = {name for name in self.sources if any((quarantine / name).glob("shard-*.jsonl"))}
         return mixture_section(self.data, stages, kept, self._dot, self._draw)
 
-    def _held_out(self) -> str:
-        sources = self.heldout.get("sources") or {}
-        if not sources:
-            return ""
-        entries = {**sources, "all": self.heldout["all"]}
-        bars = []
-        for (name, key), color in zip(BASELINES.items(), ("accent", "soft", "soft"), strict=True):
-            values = [entry.get(key) for entry in entries.values()]
-            if any(value is not None for value in values):
-                faint = name == "context shuffled"
-                bars.append(Trace(name, list(entries), values, color, "bar", faint=faint))
-        rows = [self._held_out_row(name, entry) for name, entry in entries.items()]
-        head = ["source", *BASELINES, "against unigram", "loss a token", "bytes"]
-        note = f"after step {self.heldout.get('step')}; lower is better"
-        chart = self._draw(Chart("Bits per byte", note, bars, zero=True))
-        return (
-            f"<h2>Held-out text</h2><p class=soft>{HELD_OUT}</p>"
-            f'<div class="cards uneven">{chart}<div class="card table">{table(head, rows)}</div></div>'
-        )
-
-    def _held_out_row(self, name: str, entry: Mapping[str, Any]) -> list[str]:
-        return [
-            "all" if name == "all" else self._dot(name),
-            *(number(entry.get(key), "{:.4f}".format) for key in BASELINES.values()),
-            _change(entry.get("bits_per_byte"), entry.get("unigram_bits_per_byte")),
-            number(entry.get("loss"), "{:.4f}".format),
-            number(entry.get("bytes"), short),
-        ]
-
-    def _samples(self) -> str:
-        files = sorted(self.directory.samples.glob("step_*.txt"), key=_step_of)
-        if not files:
-            return ""
-        *earlier, last = files
-        few = spread(earlier, MOST_SAMPLES)
-        inner = "".join(
-            f"<p class=soft>step {_step_of(file)}</p><div class=card>{_sample(file)}</div>" for file in few
-        )
-        what = "Earlier samples" if few == earlier else f"{len(few)} of {len(earlier)} earlier samples"
-        more = f"<details><summary>{what}</summary>{inner}</details>" if few else ""
-        return f"<h2>Samples after step {_step_of(last)}</h2><div class=card>{_sample(last)}</div>{more}"
-
     def _profile(self) -> str:
         found = self.directory.read_json("profile/kernels.json")
         if not found:
@@ -306,12 +282,6 @@ class _Report:
         return f'<span class=dot style="background:var(--{color})"></span>{escape(source)}'
 
 
-HELD_OUT = (
-    "Documents that were never trained on. The unigram baseline knows only how frequent each token is; "
-    "with the context shuffled, the model itself sees the right tokens in the wrong order."
-)
-
-
 def by_step(lines: Iterable[Line]) -> list[Line]:
     """The lines that count: where a step was passed anew, nothing from before of this step or later."""
     found: list[Line] = []
@@ -367,13 +337,6 @@ def training_seconds(lines: Sequence[Line]) -> float:
     return total
 
 
-def spread(items: Sequence[Path], most: int) -> list[Path]:
-    """At most `most` items, evenly spread, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
 def _event(event: Mapping[str, Any]) -> list[str]:
     """A row of the table of events, as HTML."""
     kind = str(event.get("event", ""))
@@ -394,33 +357,5 @@ def _plain(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _sample(file: Path) -> str:
-    """A file of samples as HTML: a block a prompt, the prompt itself set apart."""
-    blocks = re.split(r"^--- prompt \d+: (.*)\n", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    if len(blocks) == 1:
-        return f"<pre>{escape(blocks[0])}</pre>"
-    return "".join(_continuation(*pair) for pair in zip(blocks[1::2], blocks[2::2], strict=True))
-
-
-def _continuation(quoted: str, text: str) -> str:
-    try:
-        prompt = str(ast.literal_eval(quoted))
-    except (ValueError, SyntaxError):
-        prompt = ""
-    begin = prompt if text.startswith(prompt) else ""
-    return f"<pre><b>{escape(begin)}</b>{escape(text[len(begin) :].rstrip())}</pre>"
-
-
-def _step_of(file: Path) -> int:
-    return int(re.sub(r"\D", "", file.stem) or 0)
-
-
 def _steps(step: int, most: int | None) -> str:
     return f"{step:,} of {most:,}" if most and most != step else f"{step:,}"
-
-
-def _change(value: float | None, reference: float | None) -> str:
-    """`-12.3 %`: how far a value is from its reference."""
-    if value is None or not reference:
-        return "\N{EN DASH}"
-    return f"{100 * (value / reference - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")

@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +37,7 @@ from llmtrain.training.goodput import Account, account_before
 from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.launcher import tell_code
+from llmtrain.training.report import write_last_report
 from llmtrain.training.run_directory import RunDirectory, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -152,8 +153,9 @@ class Watchdog:
     def _leave_start(self) -> None:
         """Every rank has had a heartbeat there: who leaves as the last one takes the directory away."""
         self._file(self._world.rank).unlink(missing_ok=True)
-        if not any(self._beats.glob("rank_*.json")):
-            shutil.rmtree(self._beats, ignore_errors=True)
+        with suppress(FileNotFoundError):  # one that leaves at the same time was quicker
+            if not any(file.name.startswith("rank_") for file in self._beats.iterdir()):
+                shutil.rmtree(self._beats, ignore_errors=True)
 
     def end_if_hung(self, error: Exception) -> None:
         """End by exit code 86 where `error` only follows from a hang: the watchdog has the word."""
@@ -194,6 +196,7 @@ class Watchdog:
         """Seconds in which this rank has not moved; if it waits for the text of others, none of them either.
 
         How the others move is read from their heartbeats, late and rarely: there may be a thousand of them.
+        Who stands still finds that out first: the others give it half of `hang_timeout` more.
         """
         last, now = self._heart.last, time.monotonic()
         late = now - last.at
@@ -210,7 +213,7 @@ class Watchdog:
             self._others = beats
             others = (one["seconds"] for rank, one in enumerate(heartbeats) if rank != self._world.rank)
             self._moved = now - min(others, default=late)
-        return min(late, now - self._moved)
+        return min(late, now - self._moved - self._timeout / 2)
 
     def _write(self, answers: bool = False) -> None:
         last, now = self._heart.last, time.monotonic()
@@ -313,6 +316,7 @@ class Watchdog:
             self._directory.append_event("hang", step=self._heart.last.step, verdict=sentence)
         except OSError as error:
             logger.warning("%s: %s", self._directory.events, error)
+        write_last_report(self._directory.path)
 
     def _dump_stacks(self) -> None:
         try:

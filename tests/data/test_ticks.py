@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +15,12 @@ from llmtrain.config import UserError
 from llmtrain.data import artefacts, tokenizing
 from llmtrain.data import prepare as prepare_module
 from llmtrain.data.artefacts import POLL, locked, make_once, no_tick, touching
+from llmtrain.data.growing import Preparation
 from llmtrain.data.prepare import prepare
 from llmtrain.data.progress import SilentProgress
+from llmtrain.data.shards import Header
+from llmtrain.data.workers import Crew, Job
+from llmtrain.tokenizer import BytesTokenizer
 from tests.data.test_prepare import BYTES, damaged_corpus, one
 
 
@@ -83,6 +89,39 @@ def test_preparing_ticks_with_every_batch(
     told = Told()
     prepare(one(file), BYTES, tmp_path / "cache", told, workers=workers, tick=lambda: ticks.append(None))
     assert len(ticks) >= told.times > 3
+
+
+def test_who_makes_a_part_shows_it_to_other_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artefacts, "TOUCH", 0.0)
+    file, _, _ = damaged_corpus(tmp_path, 1000, 0)
+    file.write_bytes(file.read_bytes() * 40)
+    seen: set[int] = set()
+
+    def look() -> None:
+        seen.update(claim.stat().st_mtime_ns for claim in tmp_path.glob("cache/shards/*/.claims/*"))
+        time.sleep(0.02)  # file systems count time in ticks
+
+    prepare(one(file), BYTES, tmp_path / "cache", tick=look)
+    assert len(seen) > 2
+
+
+def test_a_crew_whose_part_another_job_has_gets_on_as_that_one_does(tmp_path: Path) -> None:
+    file, _, _ = damaged_corpus(tmp_path, 10, 0)
+    config, header = one(file), Header(BytesTokenizer().fingerprint, 258, "bos_eos")
+    preparation = Preparation("one", config.sources["one"], config, header, tmp_path / "cache")
+    job = Job(preparation, 0)
+    claim = preparation.directory / ".claims" / "00000.lock"
+    claim.parent.mkdir(parents=True)
+    claim.touch()
+    crew = Crew([job], tmp_path, 1)
+
+    def ask() -> int:
+        crew._hear(SimpleNamespace(job=job), "elsewhere")  # type: ignore[arg-type]
+        return crew.heard
+
+    assert [ask(), ask()] == [0, 0]
+    os.utime(claim, ns=(1, 1))
+    assert [ask(), ask()] == [1, 1]
 
 
 def test_reading_on_is_told_where_no_record_has_text(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from llmtrain.model.huggingface.reading import Weights
 from llmtrain.training.checkpoint import CheckpointWeights
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.state import EngineState, Piece
-from tests.training.checkpoint.small import saver
+from tests.training.checkpoint.small import record, saver
 
 VOCABULARY, SEQ_LEN, SHARD_GB = 50257, 1024, 0.25
 
@@ -43,7 +43,7 @@ def write_checkpoint(directory: Path) -> float:
         Piece(name, 0, {"weight": torch.rand(prod(shape)), "exp_avg": torch.rand(prod(shape))})
         for name, shape in shapes.items()
     ]
-    saver(directory).save(EngineState(pieces, shapes, {}), {"step": 1, "world_size": 1})
+    saver(directory).save(EngineState(pieces, shapes, {}), record(1))
     return 4 * sum(map(prod, shapes.values())) / 1e9
 
 

@@ -210,7 +210,7 @@ def stand_still_longer_than_gloo_waits() -> None:
     """Rank 1 waits for ever, and gloo complains of it before any watchdog."""
     from llmtrain.training import watchdog
 
-    watchdog.longest_wait = lambda hang_timeout: 3.0
+    watchdog.longest_wait = lambda hang_timeout: 15.0
     stand_still()
 
 

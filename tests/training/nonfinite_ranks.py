@@ -1,13 +1,12 @@
 """Steps that must not be applied, in every stage, precision and optimizer: rank 0 writes what became of them.
 
-python -m tests.training.nonfinite_ranks <file> <case>...
+Arguments: <file> <case>...
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +124,8 @@ def tried(case: str, world: World) -> dict[str, Any]:
     return {**found, "good": all(one.applied for one in good) and finite}
 
 
-def main(file: Path, cases: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    file, cases = Path(argv[0]), argv[1:]
     torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's update, which takes a minute here
     world = World.from_environment()
     distributed.initialize(world)
@@ -133,7 +133,4 @@ def main(file: Path, cases: list[str]) -> None:
     if world.is_main:
         file.write_text(json.dumps(found))
     distributed.finalize()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or list(CASES))
+    return 0

@@ -1,11 +1,10 @@
 """Train a few steps on the ranks of this job with every optimizer and stage; rank 0 writes the weights.
 
-python -m tests.training.optimizer_ranks <file>
+Arguments: <file>
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from llmtrain.training.build import build_model_engine
 from llmtrain.training.checkpoint import CheckpointWeights
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.engine import Engine
-from tests.training.checkpoint.small import saver
+from tests.training.checkpoint.small import record, saver
 
 SHAPE = [
     "tokenizer=bytes", "model.d_model=24", "model.n_layers=2", "model.n_heads=4", "model.d_ff=40",
@@ -92,13 +91,14 @@ def trained(case: str, world: World, directory: Path) -> dict[str, Any]:
     spoilt.remove()
     assert step(len(RATES) - 1, RATES[-1])
     found["after"] = weights(engine)
-    saver(directory, world).save(engine.state(), {"step": 1, "world_size": world.world_size})
+    saver(directory, world).save(engine.state(), record(1) | {"world_size": world.world_size})
     found["saved"] = dict(CheckpointWeights(directory / "step_00000001"))
     engine.close()
     return found
 
 
-def main(file: Path) -> None:
+def main(argv: list[str]) -> int:
+    file = Path(argv[0])
     torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's update, which takes a minute here
     world = World.from_environment()
     distributed.initialize(world)
@@ -106,7 +106,4 @@ def main(file: Path) -> None:
     if world.is_main:
         torch.save(found, file)
     distributed.finalize()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return 0

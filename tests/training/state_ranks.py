@@ -1,11 +1,10 @@
 """Train on the ranks of this job, and go on from the state in fresh engines of other layouts; rank 0 tells.
 
-python -m tests.training.state_ranks <file> <layout of LAYOUTS> ...
+Arguments: <file> <layout of LAYOUTS> ...
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +130,8 @@ def cases(layouts: Sequence[str], world: World) -> Iterator[tuple[str, dict[str,
         yield layout, {"begin": store, "whole": whole, "moves": moves}
 
 
-def main(file: Path, *layouts: str) -> None:
+def main(argv: list[str]) -> int:
+    file, layouts = Path(argv[0]), argv[1:]
     torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's update, which takes a minute here
     world = World.from_environment()
     distributed.initialize(world)
@@ -139,9 +139,4 @@ def main(file: Path, *layouts: str) -> None:
     if world.is_main:
         torch.save(found, file)
     distributed.finalize()
-
-
-if __name__ == "__main__":
-    from tests.training import state_ranks  # what is pickled is named by its module
-
-    state_ranks.main(Path(sys.argv[1]), *sys.argv[2:])
+    return 0

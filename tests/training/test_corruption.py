@@ -50,6 +50,7 @@ def ended(job, run) -> tuple[str, dict]:
     (line,) = [line for line in job.output().splitlines() if line.startswith("error: ")]
     event = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
     assert event["event"] == "corruption" and event["step"] == 3
+    assert '<span class="chip warn">corruption</span>' in (run / "report.html").read_text()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002"]
     assert not (run / "DONE").exists()
     assert set(event["hosts"]) == {socket.gethostname()} and socket.gethostname() in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_the_first_error_has_the_word_and_no_key_is_told(ranks, tiny, tmp_path):
     (event,) = [event for event in RunDirectory(run).read_events() if event["event"] == "crash"]
     assert (event["rank"], event["step"], event["type"]) == (1, 3, "LookupError")
     assert event["message"] == first["message"] and event["file"] == "crash-rank1.json"
+    assert '<span class="chip warn">crash</span>' in (run / "report.html").read_text()
 
     ranks.run([*tiny, "max_steps=4"], 2, tmp_path)
     assert not list(run.glob("crash-*")) and (run / "DONE").exists()
@@ -68,6 +70,9 @@ def test_a_rank_that_was_killed_is_gone_without_a_word(ranks, tiny, tmp_path):
     assert crash(run, 0)["secondary"] is True
     assert "another rank failed: it is gone without a word" in job.outputs[0].read_text()
     assert not (run / "crash-rank1.json").exists()
+    (event,) = [event for event in RunDirectory(run).read_events() if event["event"] == "crash"]
+    assert event["rank"] is None and event["message"].startswith("it is gone without a word")
+    assert '<span class="chip warn">crash</span>' in (run / "report.html").read_text()
 
 
 def test_the_earliest_crash_of_this_job_is_the_first_whatever_its_rank(tmp_path):
@@ -100,6 +105,16 @@ def test_a_mistake_before_the_run_begins_is_told_to_the_others_and_leaves_nothin
     )
     watchdogs[0].stop()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_may_leave_the_start_at_the_same_time(tmp_path):
+    watchdogs = [Watchdog(RunDirectory(tmp_path), World(rank, 2), Heart(), None, "job") for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(300):
+            for watchdog in watchdogs:
+                watchdog._write()
+            list(pool.map(Watchdog._leave_start, watchdogs))
+            assert list(tmp_path.iterdir()) == []
 
 
 def test_a_job_that_finds_the_directory_locked_touches_nothing(ranks, tiny, tmp_path):

@@ -165,6 +165,9 @@ def test_advice_is_from_what_was_measured():
     spent = {"productive": 5 * 3600.0, "restart": 3600.0, "idle": 7200.0}
     assert advise([{"event": "start", "ranks": 16}], spent) is None
     assumed = advise(begun, spent)
+    assert (
+        advise([*begun, {"event": "corruption", "ranks": [0, 1]}], spent) == assumed
+    )  # those that are wrong
     assert (assumed.cost, assumed.failures, assumed.between_failures) == (6.0, 0, 50_000 * 3600 / 16)
     measured = advise([*begun, {"event": "resume", "ranks": 16}, save, {"event": "resume"}], spent)
     assert (measured.failures, measured.between_failures) == (2, 3 * 3600.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import html
 import json
 import os
 import re
@@ -61,6 +62,7 @@ def the_verdict(run: Path, job: Job, ranks: list[int]) -> str:
         stacks = (run / "stacks" / f"rank_{rank:05d}.txt").read_text()
         assert "Thread" in stacks and "train.py" in stacks, stacks
     assert not (run / "DONE").exists()
+    assert html.escape(event["verdict"]) in (run / "report.html").read_text()
     return event["verdict"]
 
 
@@ -156,18 +158,20 @@ def test_another_job_s_preparation_is_no_hang_until_it_stands_still(ranks, tiny,
     assert not (tmp_path / "run" / ".starting").exists()
 
 
-@pytest.mark.parametrize("moves", [True, False])
-def test_who_waits_for_the_text_of_another_machine_is_late_when_that_one_is(tmp_path, monkeypatch, moves):
-    heart, world = Heart(), World(0, 2)
+@pytest.mark.parametrize("other", ["moves", "stands still", "is stopped"])
+def test_who_waits_for_the_text_of_another_rank_is_late_when_that_one_is(tmp_path, monkeypatch, other):
+    heart, late = Heart(), []
     heart.beat("prepare")
-    watchdog = Watchdog(RunDirectory(tmp_path), world, heart, 600, "job")
+    watchdog = Watchdog(RunDirectory(tmp_path), World(0, 2), heart, 600, "job")
     monkeypatch.setattr("llmtrain.training.watchdog._is_in_collective", lambda: True)
     monkeypatch.setattr("llmtrain.training.watchdog.time.monotonic", lambda: heart.last.at + passed)
     for number, passed in enumerate(range(100, 2000, 100)):
-        write_heartbeat(
-            tmp_path / ".starting", 1, beat=float(number * moves), seconds=3.0 if moves else passed
-        )
-        assert watchdog._late() <= 600 if moves else watchdog._late() == passed
+        seconds = passed if other == "stands still" else 3.0
+        beat = number if other == "moves" else 0
+        write_heartbeat(tmp_path / ".starting", 1, beat=beat, seconds=seconds)
+        late.append(watchdog._late())
+    found = next((100 * number for number, one in enumerate(late, 1) if one > 600), None)
+    assert found == {"moves": None, "stands still": 1000, "is stopped": 1200}[other]
 
 
 def write_heartbeat(directory: Path, rank: int, **said: object) -> None:

@@ -28,7 +28,6 @@ SHORT = [
     "max_steps=4",
     "data.validation_fraction=0.3",
     "checkpoint.every=2",
-    "callbacks.sample.max_new_tokens=4",
 ]
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +14,7 @@ from llmtrain.distributed import World
 from llmtrain.optim.muon import MuonConfig
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.engine.optimizers import build_optimizer
-from tests.ranks import EAGER, free_port
+from tests.ranks import EAGER
 from tests.training.optimizer_ranks import CASES, RATES, VOCABULARY, configured, rows
 from tests.training.test_engine import batch, build
 from tests.training.test_resume import records
@@ -26,33 +22,11 @@ from tests.training.test_syncs import HostReads
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def trained(request, tmp_path_factory) -> dict[str, Any]:
+def trained(request, cpu_ranks, tmp_path_factory) -> dict[str, Any]:
     """What tests/training/optimizer_ranks.py writes on one rank, and on two."""
     file = tmp_path_factory.mktemp("optimizers") / "found.pt"
-    run_ranks("tests.training.optimizer_ranks", request.param, str(file))
+    cpu_ranks.run([str(file)], request.param, file.parent, door="tests.training.optimizer_ranks", timeout=600)
     return torch.load(file)
-
-
-def run_ranks(module: str, ranks: int, *arguments: str) -> None:
-    """Run a module of the tests as so many ranks of a job, and wait for them."""
-    environment = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate(timeout=900)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), outputs
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 
 from llmtrain.config import UserError
 from llmtrain.training import report
-from llmtrain.training.report import MOST_POINTS, by_step, spread, thin, write_report
+from llmtrain.training.report import MOST_POINTS, by_step, thin, write_last_report, write_report
 from llmtrain.training.report_mixture import stage_steps
 from llmtrain.training.report_page import Chart, Trace, page
+from llmtrain.training.report_samples import MOST_SAMPLES, spread
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.words import describe_model, span
 
@@ -508,6 +510,23 @@ def test_damage_is_named_and_the_old_page_stays(run: RunDirectory) -> None:
     assert not list(run.path.glob(".report*"))
 
 
+def test_the_last_report_ends_nothing_and_keeps_nobody_waiting(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.append_event("crash", step=3, message="no such thing")
+    write_last_report(run.path)
+    assert "no such thing" in run.report.read_text()
+    run.metrics.write_text("nonsense\n")
+    write_last_report(run.path)
+    assert "no report: UserError" in caplog.text and "no such thing" in run.report.read_text()
+    answers = threading.Event()
+    monkeypatch.setattr(report, "PATIENCE", 0.1)
+    monkeypatch.setattr(report, "write_report", lambda path: answers.wait())  # a disk that does not answer
+    write_last_report(run.path)
+    assert [thread.name for thread in threading.enumerate()].count("llmtrain-report") == 1
+    answers.set()
+
+
 def test_what_went_wrong_stands_out_among_events(run: RunDirectory) -> None:
     wrong = ("hang", "corruption", "rejected", "save_failed", "skip")
     for kind in (*wrong, "save"):
@@ -527,7 +546,7 @@ def test_many_events_and_samples_are_cut_to_what_one_reads(run: RunDirectory) ->
     assert len(re.findall(r"note number \d+\.", text)) == report.MOST_EVENTS
     assert "number 0." in text and "number 299." in text and "100 more in events.jsonl" in text
     assert "number 20." not in text and "number 120." in text
-    assert len(re.findall(r"sample \d+\.", text)) == report.MOST_SAMPLES + 1
+    assert len(re.findall(r"sample \d+\.", text)) == MOST_SAMPLES + 1
     assert "sample 1." in text and "sample 40." in text and "12 of 39 earlier samples" in text
 
 

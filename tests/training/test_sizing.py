@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from llmtrain.training.sizing.memory import Layout, activations, head, mask, mem
 from llmtrain.training.sizing.model import Group, Model
 from llmtrain.training.sizing.speed import between, communication, step_time
 from llmtrain.training.sizing.words import remarks
+from tests.ranks import RankServer
 from tests.training.walk import CASES
 
 TINY = [
@@ -82,38 +80,16 @@ def test_parameters_by_part() -> None:
 # Memory
 
 
-def walked(directory: Path, ranks: int, cases: list[str]) -> list[dict[str, Any]]:
-    """What tests/training/walk.py finds on ranks of this machine's CPU."""
-    from tests.ranks import free_port
-
-    environment = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "tests.training.walk", str(directory / "found.json"), *cases]
-    started = [
-        subprocess.Popen(
-            command,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), outputs
-    found: list[dict[str, Any]] = json.loads((directory / "found.json").read_text())
-    return found
-
-
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(2, []), (1, ["zero0 bf16_autocast", "zero1 bf16", "zero2 fp32", "zero3 bf16"])]
+    ("world_size", "cases"), [(2, []), (1, ["zero0 bf16_autocast", "zero1 bf16", "zero2 fp32", "zero3 bf16"])]
 )
-def test_memory_against_real_engines(tmp_path: Path, ranks: int, cases: list[str]) -> None:
+def test_memory_against_real_engines(
+    cpu_ranks: RankServer, tmp_path: Path, world_size: int, cases: list[str]
+) -> None:
     """State to the byte; gradients between two micro-batches beside at most one bucket of 5,000 elements."""
-    found = walked(tmp_path, ranks, cases)
+    file = tmp_path / "found.json"
+    cpu_ranks.run([str(file), *cases], world_size, tmp_path, door="tests.training.walk", timeout=300)
+    found = json.loads(file.read_text())
     assert len(found) == (len(cases) or len(CASES))
     for case in found:
         name = case["case"]

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from llmtrain.training.rewinds import (
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.spikes import MIN_SCALE, SpikeConfig, SpikeDetector
 from llmtrain.where import where
-from tests.ranks import PATCH, RECORD, free_port
+from tests.ranks import PATCH, RECORD, RankServer
 from tests.training.checkpoint.small import record, scalars
 from tests.training.faults import STEP
 from tests.training.nonfinite_ranks import CASES
@@ -204,25 +202,10 @@ def test_what_is_no_list_of_rewinds_is_said(tmp_path):
 # Left out, in every stage
 
 
-def left_out(file: Path, cases: list[str]) -> dict[str, Any]:
+def left_out(server: RankServer, directory: Path, cases: list[str]) -> dict[str, Any]:
     """What tests/training/nonfinite_ranks.py writes on two ranks."""
-    environment = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.nonfinite_ranks", str(file), *cases],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=600)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), outputs
+    file = directory / "found.json"
+    server.run([str(file), *cases], 2, directory, door="tests.training.nonfinite_ranks", timeout=600)
     return json.loads(file.read_text())
 
 
@@ -235,14 +218,16 @@ def check_left_out(found: dict[str, Any]) -> None:
             assert what == {"applied": False, "finite": finite, "same": True, "moved": True}, (case, kind)
 
 
-def test_a_step_that_must_not_be_applied_moves_no_bit_of_weights_and_state(tmp_path):
+def test_a_step_that_must_not_be_applied_moves_no_bit_of_weights_and_state(cpu_ranks, tmp_path):
     """Not finite on one rank only, or above a limit; the step after it is applied."""
-    check_left_out(left_out(tmp_path / "found.json", QUICK))
+    check_left_out(left_out(cpu_ranks, tmp_path, QUICK))
 
 
 @pytest.mark.slow
-def test_a_step_that_must_not_be_applied_moves_no_bit_in_any_stage_precision_and_optimizer(tmp_path):
-    check_left_out(left_out(tmp_path / "found.json", [case for case in CASES if case not in QUICK]))
+def test_a_step_that_must_not_be_applied_moves_no_bit_in_any_stage_precision_and_optimizer(
+    cpu_ranks, tmp_path
+):
+    check_left_out(left_out(cpu_ranks, tmp_path, [case for case in CASES if case not in QUICK]))
 
 
 def test_limits_add_no_host_read_to_those_of_deepspeed(tiny):

@@ -10,17 +10,17 @@ import torch
 from llmtrain.training.engine.state import _cut
 from tests.training.state_ranks import LAYOUTS, Store
 from tests.training.test_engine import batch, build
-from tests.training.test_optimizers import run_ranks
 
 QUICK = ["adamw zero1 bf16", "adamw zero0 fp32", "muon zero1 fp32", "lion zero3 fp32"]
 NOISE = {"fp32": 1e-6, "bf16": 1e-3, "autocast": 1e-3}
 
 
 @pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.slow)])
-def found(request, tmp_path_factory) -> dict[str, Any]:
+def found(request, cpu_ranks, tmp_path_factory) -> dict[str, Any]:
     """What tests/training/state_ranks.py writes on two ranks."""
     file = tmp_path_factory.mktemp("state") / "found.pt"
-    run_ranks("tests.training.state_ranks", 2, str(file), *(QUICK if request.param == "quick" else LAYOUTS))
+    arguments = [str(file), *(QUICK if request.param == "quick" else LAYOUTS)]
+    cpu_ranks.run(arguments, 2, file.parent, door="tests.training.state_ranks", timeout=900)
     return torch.load(file, weights_only=False)
 
 

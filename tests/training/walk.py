@@ -1,13 +1,12 @@
 """Build real engines on the ranks of this job, walk their tensors, and write what was found beside the model.
 
-python -m tests.training.walk <file> [case ...]        rank 0 writes it: a list of what was found
+Arguments: <file> [case ...]        rank 0 writes it: a list of what was found
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -139,7 +138,8 @@ def batch(rows: int, length: int) -> Batch:
     )
 
 
-def main(file: Path, cases: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    file, cases = Path(argv[0]), argv[1:]
     torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's update, which takes a minute here
     world = World.from_environment()
     distributed.initialize(world)
@@ -147,7 +147,4 @@ def main(file: Path, cases: list[str]) -> None:
     if world.is_main:
         file.write_text(json.dumps(found))
     distributed.finalize()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    return 0
