@@ -42,7 +42,7 @@ OPTIONS = [
 
 
 def leaves(value: Any, prefix: str = "") -> set[str]:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not value:
         return {prefix[:-1]}
     return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{prefix}{key}.")}
 

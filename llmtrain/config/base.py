@@ -65,14 +65,15 @@ def choice(base: type[Config], *kinds: type[Config]) -> Any:
 
     `{kind: rope, theta: 10000}` builds the class among `kinds` whose `kind` literal is "rope".
     `{_target_: their_pkg.TheirConfig, ...}` imports that name and accepts it only as a subclass of `base`:
-    nothing is called before that is known. `model_dump` gives the `_target_` back.
+    nothing is called before that is known. `model_dump` gives the `_target_` back. One class without a
+    `kind` takes every mapping that has no `_target_`; without `kinds` every mapping has to have one.
     """
-    members: list[Any] = [Annotated[cls, Tag(kind_of(cls))] for cls in kinds]
-    members.append(Annotated[base, PlainValidator(lambda value: _load_target(base, value)), Tag(TARGET)])
+    theirs: Any = Annotated[base, PlainValidator(lambda value: _load_target(base, value)), Tag(TARGET)]
+    members: list[Any] = [*(Annotated[cls, Tag(kind_of(cls))] for cls in kinds), theirs]
 
     def tag(value: Any) -> str | None:
         if isinstance(value, Mapping):
-            return TARGET if TARGET in value else value.get("kind")
+            return TARGET if TARGET in value else value.get("kind") if "" not in tags else ""
         return kind_of(type(value)) if type(value) in kinds else TARGET
 
     def dump(value: Config, info: SerializationInfo) -> dict[str, Any]:
@@ -80,12 +81,16 @@ def choice(base: type[Config], *kinds: type[Config]) -> Any:
         cls = type(value)
         return fields if cls in kinds else {TARGET: f"{cls.__module__}.{cls.__qualname__}", **fields}
 
+    tags = [kind_of(cls) for cls in kinds]
+    if not kinds:
+        return Annotated[theirs, PlainSerializer(dump)]
     return Annotated[Union[tuple(members)], Discriminator(tag), PlainSerializer(dump)]  # noqa: UP007
 
 
 def kind_of(cls: type[Config]) -> str:
-    """The one value of a config class's `kind` literal."""
-    return cls.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
+    """The one value of a config class's `kind` literal; nothing where it has none."""
+    field = cls.model_fields.get("kind")
+    return "" if field is None else field.annotation.__args__[0]  # type: ignore[union-attr]
 
 
 def label(config: Config) -> str:
@@ -115,5 +120,7 @@ def _load_target(base: type[Config], value: Any) -> Config:
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"expected a mapping with `kind` or `{TARGET}`")
+    if TARGET not in value:
+        raise ValueError(f"must be a class of yours: {{{TARGET}: package.module.Class, ...}}")
     fields = dict(value)
     return target_class(base, str(fields.pop(TARGET))).model_validate(fields)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llmtrain.config import Config
+from llmtrain.config import Config, choice
 from llmtrain.config.errors import did_you_mean
 
 Format = Literal[
@@ -100,6 +101,29 @@ class SourceConfig(Config):
         return [self.text_key] if self.template is None else template_fields(self.template)
 
 
+class CustomSourceConfig(SourceConfig):
+    """Base of another package's source, chosen by its `_target_`: it gives the documents itself.
+
+    `path` says where they are, as the subclass understands it. It is used in many processes, which must all
+    find the same parts, with the same documents in the same order.
+    """
+
+    def parts(self) -> Mapping[str, int]:
+        """The names of its parts in their order, and about how many bytes of text each has.
+
+        UserError where they are not there. A part is read by one process at a time, best 16 to 512 MB.
+        """
+        raise NotImplementedError
+
+    def documents(self, part: str) -> Iterator[str]:
+        """The texts of a part, in their order."""
+        raise NotImplementedError
+
+    def version(self) -> str:
+        """What changes when a text may have: a time, a size, a hash. Shards are then made anew."""
+        raise NotImplementedError
+
+
 def template_fields(template: str) -> list[str]:
     """The names in braces, each once, in their order."""
     return list(dict.fromkeys(_FIELD.findall(_BRACES.sub("", template))))
@@ -135,7 +159,10 @@ class CurriculumConfig(Config):
 class DataConfig(Config):
     """The sources, how they are mixed, and how their documents become windows."""
 
-    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    sources: Annotated[
+        dict[str, choice(CustomSourceConfig, SourceConfig)],  # type: ignore[valid-type]
+        Field(min_length=1),
+    ]
     """Sources by name; the name is the key under which each is reported."""
     stages: list[StageConfig]
     """Changes of the mixture on the way, ascending."""

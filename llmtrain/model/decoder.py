@@ -20,7 +20,7 @@ from llmtrain.model.attention import Attention, Context
 from llmtrain.model.documents import Documents
 from llmtrain.model.feed_forward import GATED, FeedForwardKind, build_feed_forward
 from llmtrain.model.init import initialize_parameters
-from llmtrain.model.kernels import AttentionConfig, Kernel, Shape, Use
+from llmtrain.model.kernels import AttentionConfig, Kernel, KernelConfig, Shape, Use
 from llmtrain.model.layers import Embedding, compute_dtype
 from llmtrain.model.loss import Losses, Softmax, head_losses, softmax_
 from llmtrain.model.norm import NormKind, build_norm
@@ -73,7 +73,7 @@ class DecoderConfig(Config):
     """Whether the head is the embedding's table or one of its own."""
     position: choice(PositionConfig, RopeConfig, AlibiConfig, LearnedConfig, NoPositionConfig)  # type: ignore[valid-type]
     """How the model knows where a token stands."""
-    attention: AttentionConfig
+    attention: choice(KernelConfig, AttentionConfig)  # type: ignore[valid-type]
     """How attention is computed."""
 
     @model_validator(mode="before")

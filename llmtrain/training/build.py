@@ -140,7 +140,7 @@ def check_start(config: TrainConfig, world: World) -> None:
     check_inputs(config.data)
     if config.fp8:
         check_fp8(config.fp8)
-    if config.model.attention.backend != "auto":
+    if config.model.attention.asked != "auto":
         config.model.kernel(attention_use(config, precision_here(config)))
     checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
     if checkpoint is None:
@@ -282,6 +282,7 @@ def build_run(
             EvaluationCallback(config.callbacks.evaluation),
             SampleCallback(config.callbacks.sample),
             ProfileCallback(config.profile),
+            *(extra.build() for extra in config.callbacks.extra.values()),
         ],
     )
 

@@ -25,6 +25,7 @@ from llmtrain.optim.schedules import (
     WsdConfig,
 )
 from llmtrain.tokenizer import BytesConfig, HuggingFaceConfig, SentencePieceConfig, TokenizerConfig
+from llmtrain.training.callbacks import CallbackConfig
 from llmtrain.training.callbacks.evaluation import EvaluationConfig
 from llmtrain.training.callbacks.profile import ProfileConfig
 from llmtrain.training.callbacks.samples import SampleConfig
@@ -46,6 +47,8 @@ class CallbacksConfig(Config):
 
     evaluation: EvaluationConfig
     sample: SampleConfig
+    extra: dict[str, choice(CallbackConfig)]  # type: ignore[valid-type]
+    """Those of other packages, by a name of one's own."""
 
 
 class ModelConfig(DecoderConfig):

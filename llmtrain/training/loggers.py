@@ -8,12 +8,12 @@ import queue
 import secrets
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
-from llmtrain.config import Config
+from llmtrain.config import Config, choice
 from llmtrain.config.secrets import redact
 from llmtrain.training.console import ProgressBar, ProgressLines, is_lively
 from llmtrain.training.run_directory import RunDirectory, write_atomically
@@ -48,6 +48,14 @@ class Logger(Protocol):
         ...
 
 
+class CustomLoggerConfig(Config):
+    """What `logger.extra` may hold: a subclass, chosen by its `_target_`, that builds a logger."""
+
+    def build(self, directory: RunDirectory, config: TrainConfig, step: int) -> Logger:
+        """The logger of the main rank, for a run that goes on after `step`."""
+        raise NotImplementedError
+
+
 class WandbConfig(Config):
     """Whether and where wandb records the run."""
 
@@ -60,6 +68,8 @@ class LoggerConfig(Config):
 
     progress: Literal["auto", "lines", "none"]
     wandb: WandbConfig
+    extra: dict[str, choice(CustomLoggerConfig)]  # type: ignore[valid-type]
+    """Those of other packages, by a name of one's own."""
 
     def build(self, directory: RunDirectory, config: TrainConfig, step: int = 0) -> list[Logger]:
         """The loggers of the main rank, for a run that goes on after `step`."""
@@ -70,7 +80,32 @@ class LoggerConfig(Config):
             loggers.append(ProgressLines(config.max_steps))
         if self.wandb.mode != "disabled":
             loggers.append(WandbLogger(directory, self.wandb, config.name, config.model_dump(mode="json")))
+        for name, extra in self.extra.items():
+            loggers.append(Observer(f"logger.extra.{name}", extra.build(directory, config, step)))
         return loggers
+
+
+class Observer:
+    """Somebody's logger that cannot end a run: what it raises is one warning, and it is asked no more."""
+
+    def __init__(self, name: str, logger: Logger) -> None:
+        self._name, self._logger = name, logger
+        self._failed = False
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        self._try(lambda: self._logger.log(line))
+
+    def close(self) -> None:
+        self._try(self._logger.close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            act()
+        except Exception as error:
+            self._failed = True
+            logger.warning("%s is off, metrics.jsonl has every line: %s", self._name, _one_line(error))
 
 
 class WandbLogger:

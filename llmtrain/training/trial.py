@@ -71,7 +71,11 @@ def trial_config(config: TrainConfig, plan: Plan, directory: Path) -> TrainConfi
             "data": config.data.model_copy(update={"sources": sources, "preparation": "background"}),
             "profile": config.profile.model_copy(update={"steps": 0}),
             "logger": config.logger.model_copy(
-                update={"progress": "none", "wandb": wandb.model_copy(update={"mode": "disabled"})}
+                update={
+                    "progress": "none",
+                    "extra": {},
+                    "wandb": wandb.model_copy(update={"mode": "disabled"}),
+                }
             ),
             "callbacks": callbacks.model_copy(
                 update={

@@ -289,7 +289,8 @@ def test_a_target_that_is_no_config_class_is_refused_before_it_is_called(
     for name in ("antigravity", "this", "evil_module"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     text = target.replace("\0", "\\0")
-    for key in ("optimizer", "scheduler", "tokenizer", "model.position"):
+    groups = ("optimizer", "scheduler", "tokenizer")
+    for key in (*groups, "model.position", "data.sources.code", "callbacks.extra.x", "logger.extra.x"):
         override = f'{key}={{_target_: "{text}"}}' if "." in key else f"++{key}._target_='{target}'"
         assert train([override]) == 78
         err = capfd.readouterr().err

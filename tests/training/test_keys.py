@@ -231,6 +231,8 @@ ELSEWHERE: dict[str, str] = {
     "model.init_from": "tests/training/test_pretrained.py::test_the_first_loss_is_theirs",
     "tokenizer.path": "tests/training/test_keys.py::test_tokenizer_path_brings_a_tokenizer_along",
     "resume": "tests/training/test_resume.py::test_resume_never_sets_the_older_run_aside",
+    "callbacks.extra": "tests/test_extending.py::test_every_part_of_another_package_is_used",
+    "logger.extra": "tests/test_extending.py::test_every_part_of_another_package_is_used",
     "resume_changes": "tests/training/test_changes.py::test_a_change_that_is_allowed_is_written_down",
     "time_limit": "tests/training/test_preemption.py::test_a_run_stops_before_its_time_is_over",
     "grace_seconds": "tests/training/test_preemption.py::test_a_step_that_hangs_ends_with_the_grace",

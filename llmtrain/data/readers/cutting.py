@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from llmtrain.config import UserError
-from llmtrain.data.config import SourceConfig
+from llmtrain.data.config import CustomSourceConfig, SourceConfig
+from llmtrain.data.readers.custom import custom_mark, custom_slices
 from llmtrain.data.readers.embedded import embedded_fingerprint, embedded_slices
 from llmtrain.data.readers.fields import Fields
 from llmtrain.data.readers.files import InputFile, is_url
@@ -53,7 +54,9 @@ def _groups(slices: Iterable[Slice], limit: int) -> Iterator[list[Slice]]:
 
 
 def _slices(source: SourceConfig, kind: str) -> Iterator[Slice]:
-    if kind == "embedded":
+    if isinstance(source, CustomSourceConfig):
+        yield from custom_slices(source)
+    elif kind == "embedded":
         yield from embedded_slices(source.location)
     elif kind == "huggingface":
         yield from _dataset_slices(source)
@@ -111,7 +114,9 @@ def check(source: SourceConfig) -> None:
         raise UserError("has tokens and no path, which is enough for `plan` alone: say where the text is")
     kind = resolve_format(source)
     fields = Fields(source, 0)
-    if kind == "huggingface":
+    if isinstance(source, CustomSourceConfig):
+        source.parts()
+    elif kind == "huggingface":
         check_dataset(source, fields)
     elif kind not in ("embedded", "shards"):
         kinds = {file.name: file_format(file.name, source) for file in input_files(source)}
@@ -128,6 +133,8 @@ def fingerprint(source: SourceConfig) -> str:
 
 
 def _marks(source: SourceConfig, kind: str) -> list[str]:
+    if isinstance(source, CustomSourceConfig):
+        return [custom_mark(source)]
     if kind == "embedded":
         return [source.location, embedded_fingerprint(source.location)]
     if kind == "huggingface":

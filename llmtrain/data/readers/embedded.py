@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from llmtrain.data.readers.fields import BadRecordError, Fields
+from llmtrain.data.readers.fields import Fields
 from llmtrain.data.records import Document, Rejected, Slice
 
 _LEFT_OUT = {
@@ -42,10 +42,7 @@ def read_embedded(name: str, piece: Slice, fields: Fields) -> Iterator[Document 
     """
     for row, text in _documents(name, piece.file):
         if row >= piece.start and (piece.stop is None or row < piece.stop):
-            try:
-                yield Document(fields.checked(text, text, "the text"), row)
-            except BadRecordError as bad:
-                yield bad.rejected(row, text.encode("utf-8", "backslashreplace"))
+            yield fields.of_text(text, row)
 
 
 def _documents(name: str, file: str) -> Iterator[tuple[int, str]]:

@@ -61,6 +61,13 @@ class Fields:
         except BadRecordError as bad:
             return bad.rejected(position, line)
 
+    def of_text(self, text: str, position: int) -> Document | Rejected:
+        """The document of a text that stands in no record."""
+        try:
+            return Document(self.checked(text, text, "the text"), position)
+        except BadRecordError as bad:
+            return bad.rejected(position, text.encode("utf-8", "backslashreplace"))
+
     def too_long(self, head: bytes, size: int, position: int) -> Rejected:
         """A record that is not even looked at; `head` is its start."""
         detail = f"{size} bytes; max_document_bytes is {self.max_bytes}"

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from llmtrain.config import UserError
-from llmtrain.data.config import SourceConfig
+from llmtrain.data.config import CustomSourceConfig, SourceConfig
 from llmtrain.data.readers import files, token_files
 
 SUFFIXES = {
@@ -20,6 +20,8 @@ SUFFIXES = {
     ".md": "text",
 }
 COMPRESSED = (".gz", ".zst")
+CUSTOM = "custom"
+"""The format of a source that another package reads."""
 INDEX = "index.json"
 """What a directory of prepared shards holds."""
 
@@ -29,6 +31,8 @@ def resolve_format(source: SourceConfig) -> str:
 
     UserError where the source sets a key that this format does not look at, or its URL cannot be reached.
     """
+    if isinstance(source, CustomSourceConfig):
+        return _checked(CUSTOM, source)
     if source.format != "auto":
         return source.format
     where = source.location

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtrain.config import UserError
-from llmtrain.data.config import SourceConfig
+from llmtrain.data.config import CustomSourceConfig, SourceConfig
 from llmtrain.data.readers import token_files
+from llmtrain.data.readers.custom import read_custom
 from llmtrain.data.readers.embedded import read_embedded
 from llmtrain.data.readers.fields import Fields
 from llmtrain.data.readers.files import stamp_of
@@ -60,6 +61,8 @@ def _records(
     source: SourceConfig, piece: Slice, max_document_bytes: int, eos_id: int | None, vocab_size: int | None
 ) -> Iterator[Record]:
     fields = Fields(source, max_document_bytes)
+    if isinstance(source, CustomSourceConfig):
+        return read_custom(source, piece, fields)
     kind = _format_of(source, piece)
     packed = compression(piece.file)
     match kind:

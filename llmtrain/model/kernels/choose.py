@@ -81,11 +81,32 @@ DEMANDS: dict[str, Demand] = {
 }
 
 
-class AttentionConfig(Config):
+class KernelConfig(Config):
+    """What `model.attention` may hold; a kernel of one's own is a subclass, chosen by its `_target_`."""
+
+    @property
+    def asked(self) -> str:
+        """Which kernel is asked for, by name; `auto`: none in particular."""
+        return type(self).__name__
+
+    def kernel(self, shape: Shape, use: Use | None = None) -> Kernel:
+        """The kernel for such a decoder and use; UserError in one line where it cannot be had.
+
+        Without a `use`, as for a decoder that is only counted or exported, it is one that works everywhere.
+        """
+        raise NotImplementedError
+
+
+class AttentionConfig(KernelConfig):
     """How attention is computed; never what it computes."""
 
     backend: Literal["auto", "eager", "sdpa", "flex", "flash", "flash4", "varlen"]
     """eager is the readable reference, auto the fastest exact one for this run."""
+
+    @property
+    def asked(self) -> str:
+        """See KernelConfig."""
+        return self.backend
 
     def kernel(self, shape: Shape, use: Use | None = None) -> Kernel:
         """The kernel that `backend` names. Of `auto` it says why it is that one.

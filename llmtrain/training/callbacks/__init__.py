@@ -1,5 +1,5 @@
 """What happens beside the training: evaluation, samples and predictions; one behaviour a file."""
 
-from llmtrain.training.callbacks.base import Callback, Engine, Run
+from llmtrain.training.callbacks.base import Callback, CallbackConfig, Engine, Run
 
-__all__ = ["Callback", "Engine", "Run"]
+__all__ = ["Callback", "CallbackConfig", "Engine", "Run"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from llmtrain.config import Config
 from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import PackedDataset
 from llmtrain.data.shards import ShardedSource
@@ -93,3 +94,11 @@ class Callback:
 
     def on_end(self, run: Run) -> None:
         """After the last step of this process, also where an error ends it."""
+
+
+class CallbackConfig(Config):
+    """What `callbacks.extra` may hold: a subclass, chosen by its `_target_`, that builds a callback."""
+
+    def build(self) -> Callback:
+        """The callback, on every rank."""
+        raise NotImplementedError

@@ -276,7 +276,7 @@ def mask(model: Model, layout: Layout) -> int:
     0 under other kernels. Which one `auto` takes is known on the device only: there one without a mask.
     """
     config, slopes = model.config, model.config.position.has_slopes
-    if config.attention.backend != "sdpa" or not (slopes or layout.documents):
+    if config.attention.asked != "sdpa" or not (slopes or layout.documents):
         return 0
     matrices = (layout.rows if layout.documents else 1) * (config.n_heads if slopes else 1)
     return WIDTHS[layout.precision][1] * matrices * model.decoder.seq_len**2

@@ -1,0 +1,1 @@
+"""Parts of a run that llmtrain does not have; docs/extending.md tells of them."""
