@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llmtrain.config import UserError
+from llmtrain.config.hydra import compose
 from llmtrain.data.megatron import MegatronIndex
 from llmtrain.data.shards import ShardedSource
 from llmtrain.evaluate import main as evaluate
@@ -23,6 +24,7 @@ from llmtrain.training.checkpoint.choosing import newest_verified, verified_chec
 from llmtrain.training.checkpoint.manifest import MANIFEST, Manifest
 from llmtrain.training.checkpoint.reading import CheckpointTensors, CheckpointWeights
 from llmtrain.training.checkpoint.tensors import map_tensors
+from llmtrain.training.config import TrainConfig
 from tests.model import huggingface_models as theirs
 from tests.security.pickles import FORMS, HEADERS, with_length
 
@@ -289,13 +291,18 @@ def test_a_target_that_is_no_config_class_is_refused_before_it_is_called(
     for name in ("antigravity", "this", "evil_module"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     text = target.replace("\0", "\\0")
-    groups = ("optimizer", "scheduler", "tokenizer")
-    for key in (*groups, "model.position", "data.sources.code", "callbacks.extra.x", "logger.extra.x"):
+    for key in ("optimizer", "scheduler", "tokenizer", "model.position"):
         override = f'{key}={{_target_: "{text}"}}' if "." in key else f"++{key}._target_='{target}'"
         assert train([override]) == 78
         err = capfd.readouterr().err
         assert err.startswith("error: ") and "Traceback" not in err
     assert not {"antigravity", "this"} & set(sys.modules), "imported, which alone has effects"
+
+
+@pytest.mark.parametrize("key", ["data.sources.x", "model.attention", "callbacks.extra.x", "logger.extra.x"])
+def test_so_it_is_everywhere(key):
+    with pytest.raises(UserError, match="is not the name of a config class"):
+        compose(TrainConfig, [f"+{key}={{_target_: os.system, weight: 1}}"])
 
 
 EVIL = """
