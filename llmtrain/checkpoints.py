@@ -3,7 +3,7 @@
 llmtrain checkpoints list runs/mine              what there is, by names and sizes
 llmtrain checkpoints verify runs/mine            every byte is read; exit code 1 if one is damaged
 llmtrain checkpoints prune runs/mine --dry-run   what would go: damaged ones, and those older than the newest
-                                                 `checkpoint.keep` that are not kept for ever
+                                                 `checkpoint.keep` that are neither kept for ever nor the best
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def show(title: str, rows: Sequence[Row], whole: str, as_json: bool) -> None:
     cells = [
         [f"{row.step}", f"{row.bytes:,}"]
         + ["-" if value is None else f"{value}" for value in (row.ranks, row.stage, row.precision)]
-        + [row.damage or whole]
+        + [row.damage or (f"{whole}, best" if row.best else whole)]
         for row in rows
     ]
     print_table(title, headings, cells)

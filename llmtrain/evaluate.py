@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmtrain.config.door import plain_door
+from llmtrain.config.door import plain_door, step_or_best
 from llmtrain.config.table import print_table
 
+if TYPE_CHECKING:
+    from llmtrain.training.finished import Step
 
-def evaluate(run: Path, step: int | None) -> dict[str, Any]:
+
+def evaluate(run: Path, step: Step) -> dict[str, Any]:
     """Loss and bits per byte a source beside the unigram and shuffled-context baselines.
 
     Writes eval/heldout.json and the report anew. The held-out documents are those the run was trained
@@ -54,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain evaluate`."""
     parser = argparse.ArgumentParser(prog="llmtrain evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument(
+        "--step", type=step_or_best, help="the checkpoint of this step, or `best` (default: the newest)"
+    )
     a = parser.parse_args(argv)
     return plain_door(lambda: show(evaluate(a.run, a.step)))
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config.door import plain_door
+from llmtrain.config.door import plain_door, step_or_best
 
 
 def _told(note: dict[str, Any]) -> str:
@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llmtrain export", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("output", type=Path, help="a new directory for the Hugging Face files")
-    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument(
+        "--step", type=step_or_best, help="the checkpoint of this step, or `best` (default: the newest)"
+    )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)"
     )

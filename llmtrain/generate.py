@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmtrain.config.door import plain_door
+from llmtrain.config.door import plain_door, step_or_best
+
+if TYPE_CHECKING:
+    from llmtrain.training.finished import Step
 
 
-def generate(run: Path, prompt: str, step: int | None, tokens: int, temperature: float, seed: int) -> str:
+def generate(run: Path, prompt: str, step: Step, tokens: int, temperature: float, seed: int) -> str:
     """The prompt and its continuation by the run's newest checkpoint, or by the one of `step`."""
     import torch
 
@@ -46,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llmtrain generate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
-    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument(
+        "--step", type=step_or_best, help="the checkpoint of this step, or `best` (default: the newest)"
+    )
     parser.add_argument("--tokens", type=_count, default=100, help="most tokens to add (default: 100)")
     parser.add_argument(
         "--temperature", type=_temperature, default=0.8, help="0 takes the likeliest (default: 0.8)"

@@ -187,11 +187,12 @@ def test_the_disk_is_held_against_the_schedule(tiny, monkeypatch):
     def disk(*overrides: str) -> Note:
         return check_disk(compose(TrainConfig, [*tiny, "max_steps=1000", *overrides]), None)
 
-    assert disk("checkpoint.keep=3") == Note("4 checkpoints of 1 GB in the end, and 4 GB are free")
-    with pytest.raises(UserError, match=r"checkpoint\.keep=4: 5 checkpoints of"):
-        disk("checkpoint.keep=4")
-    assert disk("checkpoint.keep=3", "checkpoint.keep_every=1000").warns
-    assert not disk("checkpoint.keep=2", "checkpoint.keep_every=1000").warns
+    assert disk("checkpoint.keep=2") == Note("4 checkpoints of 1 GB in the end, and 4 GB are free")
+    with pytest.raises(UserError, match=r"checkpoint\.keep=3: 5 checkpoints of"):
+        disk("checkpoint.keep=3")
+    assert disk("checkpoint.keep=2", "checkpoint.keep_every=1000").warns
+    nothing_held_out = "data.validation_fraction=0"  # no checkpoint is the best
+    assert not disk("checkpoint.keep=2", "checkpoint.keep_every=1000", nothing_held_out).warns
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.secrets import without_secrets
@@ -43,6 +44,11 @@ def rank_door(run: Callable[[World], int | None]) -> int:
     except Exception:  # a bug, or a machine's trouble: told as Python would, but for secrets
         sys.stderr.write(without_secrets(traceback.format_exc()))
         return 1
+
+
+def step_or_best(text: str) -> int | Literal["best"]:
+    """The value of `--step`: of a checkpoint, or the word `best`."""
+    return "best" if text == "best" else int(text)
 
 
 def _notes(stop: KeyboardInterrupt) -> list[str]:

@@ -31,7 +31,7 @@ from llmtrain.training.callbacks.evaluation import EvaluationCallback
 from llmtrain.training.callbacks.prediction import PredictionCallback
 from llmtrain.training.callbacks.profile import ProfileCallback
 from llmtrain.training.callbacks.samples import SampleCallback
-from llmtrain.training.changes import Change, changes, check_changes, tell_changes
+from llmtrain.training.changes import Change, changes, check_changes, other_text, tell_changes
 from llmtrain.training.checkpoint import (
     DamagedError,
     Saver,
@@ -44,6 +44,7 @@ from llmtrain.training.checkpoint import (
 from llmtrain.training.clock import StepClock
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.corruption import CorruptionCheck
+from llmtrain.training.early_stop import EarlyStop
 from llmtrain.training.engine.config import ResolvedPrecision
 from llmtrain.training.engine.engine import Engine, build_engine
 from llmtrain.training.goodput import Goodput
@@ -93,6 +94,7 @@ class Run:
     spikes: SpikeDetector
     rewinds: Sequence[Rewind]
     """Those of the run's history, oldest first."""
+    early_stop: EarlyStop
     began: int = 0
     """The last step that this process did not train."""
     step: int = 0
@@ -115,7 +117,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the last step is done."""
-        return self.step >= self.config.max_steps
+        return self.step >= self.config.max_steps or self.early_stop.is_due
 
 
 def check_job(config: TrainConfig, world: World) -> None:
@@ -165,15 +167,36 @@ def is_done(config: TrainConfig) -> bool:
     """Whether the run has finished already; says so."""
     directory = RunDirectory(config.output_dir)
     found = checkpoints(directory.checkpoints)
-    if config.resume == "never" or not (
-        directory.done.exists() and found and found[-1][0] >= config.max_steps
-    ):
+    if config.resume == "never" or not (directory.done.exists() and found):
         return False
+    step, newest = found[-1]
+    if step < config.max_steps and not has_stopped(config, newest):
+        return False
+    key = "max_steps" if step >= config.max_steps else "callbacks.evaluation.patience"
     logger.info(
-        f"{directory.path}: already trained to step {found[-1][0]}, max_steps={config.max_steps}; report: "
-        f"{directory.report}. Raise max_steps to go on, or start anew with resume=never or name=<another>"
+        f"{directory.path}: already trained to step {step}, max_steps={config.max_steps}; report: "
+        f"{directory.report}. Raise {key} to go on, or start anew with resume=never or name=<another>"
     )
     return True
+
+
+def has_stopped(config: TrainConfig, checkpoint: Path) -> bool:
+    """Whether a run ended early at a checkpoint; one that is damaged is no end."""
+    if config.callbacks.evaluation.patience is None:
+        return False
+    try:
+        return early_stop_of(config, read_record(checkpoint)).is_due
+    except DamagedError:
+        return False
+
+
+def early_stop_of(
+    config: TrainConfig, saved: Mapping[str, Any] | None, changed: Sequence[Change] = ()
+) -> EarlyStop:
+    """What the evaluations so far come to; of other text than today's they do not count."""
+    evaluation = config.callbacks.evaluation
+    scores = saved.get("scores", ()) if saved and not other_text(changed) else ()
+    return EarlyStop(evaluation.patience, evaluation.min_delta, scores)
 
 
 def tokenizer_of(config: TrainConfig) -> TokenizerConfig | Tokenizer:
@@ -226,6 +249,7 @@ def build_run(
     heart.beat("build")
     tokenizer, step, changed = prepared.tokenizer, 0, list[Change]()
     judged: Sequence[Sequence[float]] = ()
+    early_stop = early_stop_of(config, None)
     train_sources, held_out = open_alike(prepared)
     rewinds = rewinds_of(config, world, directory)
     dataset = build_dataset(config, train_sources, rewinds)
@@ -240,8 +264,9 @@ def build_run(
         tell_changes(chosen.path, changed)
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
         judged = saved.get("spikes", ())
+        early_stop = early_stop_of(config, saved, changed)
     size = checkpoint_bytes(Model.of(config, tokenizer.vocab_size))
-    check_space(directory.checkpoints, size, config.checkpoint)
+    check_space(directory.checkpoints, size, config.checkpoint, evaluated=bool(held_out))
     heart.beat("build")
     engine = build_model_engine(
         config, world, tokenizer.vocab_size, len(dataset.names), precision, goes_on=checkpoint is not None
@@ -273,6 +298,7 @@ def build_run(
         corruption=CorruptionCheck(config.corruption_check),
         spikes=SpikeDetector(config.spikes, judged),
         rewinds=rewinds,
+        early_stop=early_stop,
         began=step,
         step=step,
         waits=any(distributed.gather_objects(prepared.is_remote or not prepared.complete)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,8 @@ TABLE: dict[str, tuple[Rule, str]] = {
     "hang_timeout": ("safe", "watches only"),
     "profile": ("safe", "watches only"),
     "callbacks": ("safe", "watches only"),
+    "callbacks.evaluation.patience": ("safe", "when to stop"),
+    "callbacks.evaluation.min_delta": ("safe", "when to stop"),
     "logger": ("safe", "watches only"),
     "hardware": ("safe", "watches only"),
     "corruption_check": ("safe", "watches only"),
@@ -152,6 +154,15 @@ def tell_changes(checkpoint: Path, found: Sequence[Change]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     logger.info("%s was written with other settings:\n%s", checkpoint, "\n".join(lines))
+
+
+def other_text(found: Iterable[Change]) -> bool:
+    """Whether what is held out is not what it was: more of it, less, or that of other sources."""
+    return any(
+        change.key == "callbacks.evaluation.documents"
+        or (change.key.startswith("data.sources.") and ABSENT in (change.run, change.now))
+        for change in found
+    )
 
 
 def check_permissions(allowed: Sequence[str]) -> None:

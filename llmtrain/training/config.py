@@ -155,6 +155,7 @@ class TrainConfig(Config):
                 f"time_limit={self.time_limit:g} seconds is not above grace_seconds={self.grace_seconds:g}, "
                 "which finishing may take of it; change one of the two"
             )
+        self._check_early_stop()
         curriculum = self.data.curriculum
         if curriculum is not None and curriculum.from_length > self.seq_len:
             raise ValueError(
@@ -165,6 +166,23 @@ class TrainConfig(Config):
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
+            )
+
+    def _check_early_stop(self) -> None:
+        """ValueError where there is nothing to stop by, or the best evaluation would have no checkpoint."""
+        evaluation, key = self.callbacks.evaluation, "callbacks.evaluation"
+        if evaluation.patience is None:
+            return
+        if not self.data.validation_fraction:
+            raise ValueError(
+                f"{key}.patience={evaluation.patience} with data.validation_fraction=0: "
+                "nothing is held out; raise it"
+            )
+        if evaluation.every % self.checkpoint.every:
+            raise ValueError(
+                f"{key}.every={evaluation.every} is not a multiple of checkpoint.every="
+                f"{self.checkpoint.every}: with "
+                f"{key}.patience={evaluation.patience} the best step has to have a checkpoint"
             )
 
 

@@ -16,7 +16,7 @@ from llmtrain.config import UserError
 from llmtrain.model.huggingface import rounding_there, write_pretrained
 from llmtrain.model.huggingface.checking import logits_there, versions
 from llmtrain.tokenizer import BytesTokenizer
-from llmtrain.training.finished import FinishedRun, open_finished
+from llmtrain.training.finished import FinishedRun, Step, open_finished
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT = "In the beginning there was a word, and 2 + 2 was 4: so it is written. def main() -> None: pass"
@@ -29,7 +29,7 @@ LARGEST_ROUNDING = 1e-3
 logger = logging.getLogger(__name__)
 
 
-def export(run: Path, output: Path, step: int | None, dtype: str, max_shard_gb: float) -> dict[str, Any]:
+def export(run: Path, output: Path, step: Step, dtype: str, max_shard_gb: float) -> dict[str, Any]:
     """Write weights, config and tokenizer for `transformers`, and compare; returns what NOTE then says.
 
     Weights are read and written a shard at a time. `output` has them when all of it is written; what then

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ from llmtrain.model import Decoder
 from llmtrain.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.training.checkpoint import (
     CheckpointWeights,
+    best_step,
     checkpoints,
     newest_verified,
     read_record,
@@ -35,6 +36,10 @@ from llmtrain.training.config import TrainConfig
 from llmtrain.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
+
+BEST: Literal["best"] = "best"
+Step = int | Literal["best"] | None
+"""Of a checkpoint, or the best one, or (None) the newest."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,8 @@ class LocalModel:
         return self.model(input_ids.to(self.device))
 
 
-def open_finished(path: Path, step: int | None = None) -> FinishedRun:
-    """Open a run at its newest checkpoint, or at the one of `step`.
+def open_finished(path: Path, step: Step = None) -> FinishedRun:
+    """Open a run at its newest checkpoint, at the one of `step`, or at the best.
 
     Works for a running run too, whatever ZeRO stage and number of ranks wrote it.
     """
@@ -179,10 +184,14 @@ def open_finished(path: Path, step: int | None = None) -> FinishedRun:
     return FinishedRun(path, record["step"], config, tokenizer, CheckpointWeights(checkpoint), record)
 
 
-def _verified(path: Path, step: int | None) -> Path:
-    """The checkpoint of `step`, or the newest that is whole."""
+def _verified(path: Path, step: Step) -> Path:
+    """The checkpoint of `step`, the best, or the newest that is whole."""
     if step is None:
         return newest_verified(path / "checkpoints")
+    if step == BEST:
+        step = best_step(RunDirectory(path))
+        if step is None:
+            raise UserError(f"{path}: --step best: no checkpoint of it was evaluated; name a step, or none")
     found = dict(checkpoints(path / "checkpoints"))
     if step not in found:
         there = f"there are {', '.join(map(str, found))}" if found else "there is none yet"

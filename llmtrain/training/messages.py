@@ -50,3 +50,5 @@ def closing_lines(directory: RunDirectory) -> Iterator[str]:
     yield f"metrics:     {directory.metrics}"
     for _, path in checkpoints(directory.checkpoints)[-1:]:
         yield f"checkpoint:  {path}"
+    if (best := directory.read_json("best.json")) is not None:
+        yield f"best:        {directory.path / best['path']} ({best['value']:.4f} bits per byte)"

@@ -19,7 +19,7 @@ from llmtrain.distributed import World
 from llmtrain.tokenizer import Tokenizer, TokenizerConfig
 from llmtrain.tokenizer.coverage import coverage
 from llmtrain.training.build import check_start, precision_here, tokenizer_of
-from llmtrain.training.checkpoint import check_space, find_checkpoint, free_bytes
+from llmtrain.training.checkpoint import check_space, find_checkpoint, free_bytes, most_at_a_time
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.planning import measure, run_length
 from llmtrain.training.run_directory import RunDirectory
@@ -134,8 +134,9 @@ def check_memory(config: TrainConfig, world: World, model: Model) -> Note:
 def check_disk(config: TrainConfig, model: Model) -> Note:
     """What the checkpoints take, those that stay for ever too; UserError where those of `keep` do not fit."""
     size, directory = checkpoint_bytes(model), RunDirectory(config.output_dir).checkpoints
-    check_space(directory, size, config.checkpoint)
-    kept = config.checkpoint.keep + 1
+    evaluated = config.data.validation_fraction > 0
+    check_space(directory, size, config.checkpoint, evaluated=evaluated)
+    kept = most_at_a_time(config.checkpoint, evaluated=evaluated)
     if config.checkpoint.keep_every:
         kept += config.max_steps // config.checkpoint.keep_every
     free = free_bytes(directory)

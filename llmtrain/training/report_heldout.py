@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmtrain.training.words import short
 from llmtrain.training.report_page import Chart, Trace, number, table
+from llmtrain.training.words import short
 
 BASELINES = {
     "model": "bits_per_byte",

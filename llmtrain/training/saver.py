@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from llmtrain.distributed import World
-from llmtrain.training.checkpoint import CheckpointConfig, Failed, Saved, Saver
+from llmtrain.training.checkpoint import CheckpointConfig, Failed, Saved, Saver, mark_best
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.run_directory import RunDirectory
 
@@ -34,6 +34,7 @@ def build_saver(
             bytes=saved.bytes,
             stall_seconds=saved.stall_seconds,
         )
+        mark_best(directory, saved.scores)
 
     def on_failed(failed: Failed) -> None:
         if world.is_main:

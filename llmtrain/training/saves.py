@@ -53,6 +53,7 @@ def save(run: Run, *, wait: bool = False) -> bool:
         "data": run.dataset.state(run.step),
         "spikes": run.spikes.state(),
         "rewinds": len(run.rewinds),
+        "scores": list(run.early_stop.scores),
     }
     run.saver.save(run.engine.state(), record, wait=wait or run.finished or run.stop.agreed)
     run.stop.saved |= run.saver.holds(run.step)

@@ -154,7 +154,8 @@ def _ended(
     if crash := _crash(directory, since=began):
         message = crash["message"].partition("\n")[0]
         return "failed", f"rank {crash['rank']} on host {crash['host']}: {crash['type']}: {message}"
-    if events and events[-1]["event"] == "save_failed" and events[-1]["step"] == config.get("max_steps"):
+    lasts = {config.get("max_steps"), *(event["step"] for event in events if event["event"] == "early_stop")}
+    if events and events[-1]["event"] == "save_failed" and events[-1]["step"] in lasts:
         return "failed", "the last step could not be saved; the same command goes on"
     last = next((event for event in reversed(events) if event["event"] in (*BEGINS, *ENDS)), None)
     if last is None:

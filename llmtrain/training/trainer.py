@@ -19,7 +19,7 @@ from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import Batches
 from llmtrain.training.build import Run
 from llmtrain.training.callbacks import Callback
-from llmtrain.training.checkpoint import abandon, checkpoints, sweep
+from llmtrain.training.checkpoint import abandon, checkpoints, mark_best, sweep
 from llmtrain.training.engine.transfer import PendingStep
 from llmtrain.training.messages import closing_lines
 from llmtrain.training.metrics import step_metrics
@@ -68,14 +68,15 @@ def _loop(run: Run, batches: Batches) -> None:
     """
     every = run.config.checkpoint.every
     late: Launched | None = None
-    if run.finished:
-        _complete(run)
+    completed = False
+    _catch_up(run, [callback for callback in run.callbacks if callback.is_owed(run)])
     _go(run)
     while not (run.finished or run.stop.agreed):
         due = [callback for callback in run.callbacks if callback.is_due(run, run.step + 1)]
         if not _load(run, batches, due):
             return
         launched = _launch(run, next(batches))
+        completed = run.finished
         if late is not None:
             _settle(run, late)
         saves = run.finished or run.step % every == 0
@@ -85,6 +86,7 @@ def _loop(run: Run, batches: Batches) -> None:
             continue
         late = None
         _settle(run, launched, due, saves)
+        saves |= run.finished
         if checks:
             run.corruption.check(run)
         if saves or run.stop.agreed:
@@ -92,11 +94,14 @@ def _loop(run: Run, batches: Batches) -> None:
             run.stop.poll(run.engine.device)
         if saves or due:
             _go(run)
+    if run.finished and not completed:  # it was, or became so, after callbacks did what is due after any step
+        _catch_up(run, [callback for callback in run.callbacks if callback.is_due(run, run.step)])
 
 
-def _complete(run: Run) -> None:
-    """Do what is due after the last step, which was saved: a stop may have left it out."""
-    due = [callback for callback in run.callbacks if callback.is_due(run, run.step)]
+def _catch_up(run: Run, due: Sequence[Callback]) -> None:
+    """Let callbacks do what is due after the step that is done and saved, and add it to the step's line."""
+    if not due:
+        return
     line: dict[str, Any] = {"step": run.step}
     if run.world.is_main:
         lines = run.directory.read_metrics()
@@ -106,6 +111,8 @@ def _complete(run: Run) -> None:
         run.heart.beat("eval")
         callback.after_step(run, line)
     _log(run, line)
+    if run.world.is_main:
+        mark_best(run.directory, run.early_stop.scores)
 
 
 def _go(run: Run) -> None:
@@ -250,10 +257,8 @@ def begin(run: Run) -> None:
         run.heart.beat("build")
         logger.info("resumed after step %d from %s", run.step, run.checkpoint)
         if run.finished:
-            logger.info(
-                "nothing to train: the checkpoint is at step %d, max_steps=%d; raise max_steps to go on",
-                run.step, run.config.max_steps,
-            )  # fmt: skip
+            key = "callbacks.evaluation.patience" if run.step < run.config.max_steps else "max_steps"
+            logger.info("nothing to train: the checkpoint is at step %d; raise %s to go on", run.step, key)
     if not run.world.is_main:
         return
     directory = run.directory
@@ -263,6 +268,7 @@ def begin(run: Run) -> None:
     directory.cut_unterminated()
     sweep(directory.checkpoints)
     abandon(directory.checkpoints, after=run.step)
+    mark_best(directory, run.early_stop.scores)
     if run.rejected:
         directory.append_event("rejected", rejected=[damaged.as_dict() for damaged in run.rejected])
     directory.write_config(run.config)

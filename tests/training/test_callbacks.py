@@ -23,12 +23,17 @@ from llmtrain.tokenizer import BytesConfig
 from llmtrain.training.callbacks.evaluation import EvaluationCallback, EvaluationConfig
 from llmtrain.training.callbacks.samples import SampleCallback, SampleConfig, printable, prompt_ids
 from llmtrain.training.config import TrainConfig
+from llmtrain.training.early_stop import EarlyStop
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.signals import StopRequest
 
 SEQ_LEN = 32
 TOKENIZER = BytesConfig(kind="bytes").load()
 TEXTS = {"code": "def f(x):\n    return x + {}\n", "prose": "The value of the object is {}. "}
+
+
+def evaluation(**keys: Any) -> EvaluationConfig:
+    return EvaluationConfig(patience=None, min_delta=0.0, **keys)
 
 
 class Plain:
@@ -64,6 +69,7 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     step: int = 0
     cut_short: bool = False
+    early_stop: EarlyStop = field(default_factory=lambda: EarlyStop(None, 0.0))
 
     @property
     def finished(self) -> bool:
@@ -130,13 +136,13 @@ def lines_of(
 
 @pytest.mark.parametrize(("every", "steps"), [(4, [4, 8, 10]), (5, [5, 10]), (0, [10]), (1000, [10])])
 def test_evaluation_is_every_n_steps_and_at_the_end(run: Run, every: int, steps: list[int]) -> None:
-    lines = lines_of(EvaluationCallback(EvaluationConfig(every=every, documents=None)), run)
+    lines = lines_of(EvaluationCallback(evaluation(every=every, documents=None)), run)
     assert [step for step, line in lines.items() if "eval/loss" in line] == steps
     assert [event["step"] for event in run.directory.read_events() if event["event"] == "evaluation"] == steps
 
 
 def test_an_evaluation_writes_into_its_steps_line_and_the_last_one_has_the_baselines(run: Run) -> None:
-    lines = lines_of(EvaluationCallback(EvaluationConfig(every=5, documents=None)), run)
+    lines = lines_of(EvaluationCallback(evaluation(every=5, documents=None)), run)
     keys = {f"eval/{key}{source}" for key in ("loss", "bits_per_byte") for source in ("", "/code", "/prose")}
     assert set(lines[5]) == {"step"} | keys
     baselines = {"eval/unigram_bits_per_byte", "eval/shuffled_bits_per_byte"}
@@ -155,7 +161,7 @@ def test_an_evaluation_writes_into_its_steps_line_and_the_last_one_has_the_basel
 
 
 def test_the_unigram_is_mixed_by_the_weights_of_the_run(run: Run) -> None:
-    config = EvaluationConfig(every=0, documents=None)
+    config = evaluation(every=0, documents=None)
     mixed = lines_of(EvaluationCallback(config), run)[10]["eval/unigram_bits_per_byte"]
     stages = [(0, {"code": 0.01, "prose": 0.99})]
     order = {
@@ -171,7 +177,7 @@ def test_the_unigram_is_mixed_by_the_weights_of_the_run(run: Run) -> None:
 
 
 def test_documents_limits_what_is_read(run: Run) -> None:
-    lines_of(EvaluationCallback(EvaluationConfig(every=0, documents=2)), run)
+    lines_of(EvaluationCallback(evaluation(every=0, documents=2)), run)
     stored = run.directory.read_json("eval/heldout.json")
     assert stored["sources"]["code"]["bytes"] == sum(len(TEXTS["code"].format(n)) for n in (30, 31))
 
@@ -179,7 +185,7 @@ def test_documents_limits_what_is_read(run: Run) -> None:
 def test_without_held_out_documents_nothing_is_evaluated(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     run.held_out = {}
     with caplog.at_level(logging.INFO):
-        lines = lines_of(EvaluationCallback(EvaluationConfig(every=1, documents=None)), run)
+        lines = lines_of(EvaluationCallback(evaluation(every=1, documents=None)), run)
     assert all(set(line) == {"step"} for line in lines.values())
     assert "data.validation_fraction" in caplog.text
     assert not run.directory.eval.exists()
@@ -188,7 +194,7 @@ def test_without_held_out_documents_nothing_is_evaluated(run: Run, caplog: pytes
 def test_a_source_that_turns_out_to_hold_nothing_out_is_left_out(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = EvaluationConfig(every=0, documents=None)
+    config = evaluation(every=0, documents=None)
     alone = lines_of(EvaluationCallback(config), run)[10]
     empty = write_source(tmp_path / "empty" / "validation", "", 0, 0)
     run.held_out["empty"] = empty
@@ -202,7 +208,7 @@ def test_a_source_that_turns_out_to_hold_nothing_out_is_left_out(
 
 def test_other_ranks_write_nothing(run: Run) -> None:
     run.world = World(1, 2, 1, 2)
-    lines_of(EvaluationCallback(EvaluationConfig(every=5, documents=None)), run)
+    lines_of(EvaluationCallback(evaluation(every=5, documents=None)), run)
     lines_of(SampleCallback(sample_config()), run)
     assert not list(run.directory.path.iterdir())
     assert run.engine.calls > 0, "they take part all the same"

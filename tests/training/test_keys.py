@@ -221,6 +221,7 @@ ENGINE = "tests/training/test_engine.py"
 SPIKES = "tests/training/test_spikes.py"
 SIZING = "tests/training/test_sizing.py"
 DEEPSPEED = "tests/training/test_deepspeed_config.py"
+EARLY_STOP = "tests/training/test_early_stop.py"
 ELSEWHERE: dict[str, str] = {
     # key: the test that shows its effect
     "output_dir": "tests/training/test_resume.py::test_a_resumed_run_is_bit_equal",
@@ -254,6 +255,10 @@ ELSEWHERE: dict[str, str] = {
             ),
         }.items()
         for key in names
+    },
+    **{
+        f"callbacks.evaluation.{key}": f"{EARLY_STOP}::test_patience_counts_what_is_no_better"
+        for key in ("patience", "min_delta")
     },
     "profile.steps": "tests/training/test_profile.py::test_the_steps_of_a_profile_are_traced",
     "hang_timeout": "tests/training/test_hang.py::test_a_rank_that_is_stopped_is_named",

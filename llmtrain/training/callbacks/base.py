@@ -14,6 +14,7 @@ from llmtrain.data.shards import ShardedSource
 from llmtrain.distributed import World
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.training.clock import StepClock
+from llmtrain.training.early_stop import EarlyStop
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.signals import StopRequest
 
@@ -58,6 +59,8 @@ class Run(Protocol):
     @property
     def stop(self) -> StopRequest: ...
     @property
+    def early_stop(self) -> EarlyStop: ...
+    @property
     def step(self) -> int: ...
     @property
     def finished(self) -> bool: ...
@@ -74,6 +77,10 @@ class Callback:
 
     def is_due(self, run: Run, step: int) -> bool:
         """Whether it has something to do after a step; every rank answers alike, and every time."""
+        return False
+
+    def is_owed(self, run: Run) -> bool:
+        """Whether a stop left something of it out after the step to go on from; every rank answers alike."""
         return False
 
     def load(self, run: Run, step: int) -> None:

@@ -44,7 +44,7 @@ class SampleCallback(Callback):
 
     def is_due(self, run: Run, step: int) -> bool:
         every = self._config.every
-        last = step >= run.config.max_steps
+        last = run.finished or step >= run.config.max_steps
         return bool(self._config.prompts) and (last or (every > 0 and step % every == 0))
 
     def after_step(self, run: Run, line: dict[str, Any]) -> None:

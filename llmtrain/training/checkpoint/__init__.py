@@ -9,6 +9,7 @@ manifest and renames. A load reads every byte and compares, before anything is p
 checkpoint that is whole. Files hold tensors and JSON: there is no code in them that could run.
 """
 
+from llmtrain.training.checkpoint.best import Score, best_step, mark_best
 from llmtrain.training.checkpoint.choosing import (
     Chosen,
     choose,
@@ -26,7 +27,7 @@ from llmtrain.training.checkpoint.reading import (
     set_random_states,
 )
 from llmtrain.training.checkpoint.saving import Failed, Saved, Saver
-from llmtrain.training.checkpoint.space import check_space, free_bytes
+from llmtrain.training.checkpoint.space import check_space, free_bytes, most_at_a_time
 
 __all__ = [
     "CheckpointConfig",
@@ -38,7 +39,9 @@ __all__ = [
     "Manifest",
     "Saved",
     "Saver",
+    "Score",
     "abandon",
+    "best_step",
     "check_space",
     "checkpoints",
     "choose",
@@ -46,6 +49,8 @@ __all__ = [
     "find_checkpoint",
     "free_bytes",
     "hide",
+    "mark_best",
+    "most_at_a_time",
     "newest_verified",
     "read_record",
     "seed_random_states",

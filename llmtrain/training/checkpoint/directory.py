@@ -43,18 +43,26 @@ def publish(temporary: Path, step: int, files: dict[str, Stamp]) -> Path:
     return final
 
 
-def retained(steps: Sequence[int], verified: Collection[int], keep: int, keep_every: int | None) -> set[int]:
-    """Steps that stay: the newest `keep`, every `keep_every`-th, and the newest two that were verified."""
+def retained(
+    steps: Sequence[int],
+    verified: Collection[int],
+    keep: int,
+    keep_every: int | None,
+    best: int | None = None,
+) -> set[int]:
+    """Steps that stay: the newest `keep`, every `keep_every`-th, the newest two verified ones, the best."""
     ordered = sorted(steps)
     trusted = [step for step in ordered if step in verified]
     for_ever = {step for step in ordered if keep_every and step % keep_every == 0}
-    return {*ordered[-keep:], *trusted[-FEWEST:], *for_ever}
+    return {*ordered[-keep:], *trusted[-FEWEST:], *for_ever, *(step for step in ordered if step == best)}
 
 
-def retire(directory: Path, verified: Collection[int], keep: int, keep_every: int | None) -> list[Path]:
+def retire(
+    directory: Path, verified: Collection[int], keep: int, keep_every: int | None, best: int | None = None
+) -> list[Path]:
     """Remove what need not stay, now that there is a newer checkpoint; returns it."""
     found = checkpoints(directory)
-    stay = retained([step for step, _ in found], verified, keep, keep_every)
+    stay = retained([step for step, _ in found], verified, keep, keep_every, best)
     gone = [path for step, path in found if step not in stay]
     for path in gone:
         remove(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config import UserError
+from llmtrain.training.checkpoint.best import best_step
 from llmtrain.training.checkpoint.directory import (
     ABANDONED,
     FEWEST,
@@ -20,6 +21,7 @@ from llmtrain.training.checkpoint.directory import (
     retained,
 )
 from llmtrain.training.checkpoint.manifest import DamagedError, Manifest, damages, raise_first, read_record
+from llmtrain.training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Row:
     stage: int | None
     precision: str | None
     damage: str
+    best: bool
+    """Whether the run marked it as the best."""
 
     def as_dict(self) -> dict[str, Any]:
         """For a line of JSON."""
@@ -44,6 +48,7 @@ def inspect(directory: Path, *, content: bool) -> Iterator[Row]:
 
     One that the run removes meanwhile, because there are newer ones, is left out.
     """
+    best = best_step(RunDirectory(directory.parent))
     for step, path in checkpoints(directory):
         record, damage = {}, ""
         try:
@@ -62,6 +67,7 @@ def inspect(directory: Path, *, content: bool) -> Iterator[Row]:
             stage=record.get("stage"),
             precision=record.get("precision"),
             damage=damage,
+            best=step == best,
         )
 
 
@@ -80,7 +86,7 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def prunable(rows: Sequence[Row], keep: int, keep_every: int | None) -> list[Row]:
-    """Of rows whose every byte was read, those that need not stay: damaged ones, and older ones.
+    """Of rows whose every byte was read, those that need not stay: damaged ones, and older ones but the best.
 
     UserError where fewer than two are whole: then each may be needed.
     """
@@ -90,7 +96,8 @@ def prunable(rows: Sequence[Row], keep: int, keep_every: int | None) -> list[Row
             f"{Path(rows[0].path).parent}: {len(whole)} of {len(rows)} checkpoints are whole, and at least "
             f"{FEWEST} always stay; nothing is removed"
         )
-    stay = retained(whole, whole, keep, keep_every)
+    best = next((row.step for row in rows if row.best), None)
+    stay = retained(whole, whole, keep, keep_every, best)
     return [row for row in rows if row.step not in stay]
 
 

@@ -83,6 +83,7 @@ class Record(_Part):
     data: Order
     spikes: list[tuple[Count, float, float]] = []
     rewinds: Count = 0
+    scores: list[tuple[Count, float | None]] = []
     parameters: dict[str, Shape]
     scalars: Scalars
 

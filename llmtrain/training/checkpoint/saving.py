@@ -6,7 +6,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +19,9 @@ from llmtrain import distributed
 from llmtrain.config import UserError
 from llmtrain.distributed import World
 from llmtrain.training.checkpoint.attempt import Attempt
+from llmtrain.training.checkpoint.best import Score, best_of
 from llmtrain.training.checkpoint.config import CheckpointConfig
-from llmtrain.training.checkpoint.directory import TEMPORARY, retire
+from llmtrain.training.checkpoint.directory import TEMPORARY, checkpoints, retire
 from llmtrain.training.checkpoint.host import HostCopy
 from llmtrain.training.checkpoint.manifest import directory_name
 from llmtrain.training.checkpoint.peers import Peer
@@ -47,6 +48,8 @@ class Saved:
     """From the call of `save` until it was there."""
     stall_seconds: float
     """How long of that the run stood still."""
+    scores: Sequence[Score]
+    """The evaluations up to its step."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,12 @@ class Saver:
         if background:
             tensors = self._host.of(tensors)
         stall = time.perf_counter() - began
+        scores: Sequence[Score] = record.get("scores", ())
 
         def published(path: Path, size: int) -> None:
             self._took = seconds = time.perf_counter() - began
-            self._on_saved(Saved(step, path, size, seconds, stall if background else seconds))
-            self._retire(step)
+            self._on_saved(Saved(step, path, size, seconds, stall if background else seconds, scores))
+            self._retire(step, scores)
 
         attempt = Attempt(
             step=step,
@@ -179,11 +183,12 @@ class Saver:
                 exit_code=1,
             )
 
-    def _retire(self, step: int) -> None:
+    def _retire(self, step: int, scores: Sequence[Score]) -> None:
         """Remove what need not stay; what cannot be removed stays until the next time."""
         verified = {*self._verified, step}
+        best = best_of(scores, dict(checkpoints(self._directory)))
         try:
-            retire(self._directory, verified, self._config.keep, self._config.keep_every)
+            retire(self._directory, verified, self._config.keep, self._config.keep_every, best and best[0])
         except OSError as error:
             logger.warning("%s: an old checkpoint could not be removed: %s", self._directory, error)
 

@@ -17,14 +17,19 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(existing(directory)).free
 
 
-def check_space(directory: Path, size: int, config: CheckpointConfig) -> None:
+def most_at_a_time(config: CheckpointConfig, *, evaluated: bool) -> int:
+    """Checkpoints that may stand beside those that stay for ever: the newest, the best, one under way."""
+    return config.keep + 1 + evaluated
+
+
+def check_space(directory: Path, size: int, config: CheckpointConfig, *, evaluated: bool) -> None:
     """UserError where checkpoints of `size` bytes, as many as a run keeps at a time, will not fit.
 
-    Those that stand already count as room, as they go when newer ones come. One more than `checkpoint.keep`
-    is there while a save is under way. Collective: rank 0 looks, and all ranks say the same.
+    Those that stand already count as room, as they go when newer ones come. `evaluated`: one may be kept as
+    the best. Collective: rank 0 looks, and all ranks say the same.
     """
     free, there = distributed.broadcast_object((free_bytes(directory), len(checkpoints(directory))))
-    coming = max(1, config.keep + 1 - there)
+    coming = max(1, most_at_a_time(config, evaluated=evaluated) - there)
     if coming * size > free:
         raise UserError(
             f"checkpoint.keep={config.keep}: {coming} checkpoints of {size:,} bytes need {coming * size:,} "

@@ -84,10 +84,12 @@ def test_what_is_known_not_to_fit_is_not_begun(small_disk):
     assert told.failed[0].needed > SMALL >= told.failed[0].free
     assert names(small_disk) == []
     with pytest.raises(UserError, match=r"3 checkpoints of 1,100,000 bytes need 3,300,000 bytes"):
-        check_space(small_disk / "run" / "checkpoints", 1_100_000, config())
-    check_space(small_disk, 1_000_000, config())
+        check_space(small_disk / "run" / "checkpoints", 1_100_000, config(), evaluated=False)
+    check_space(small_disk, 1_000_000, config(), evaluated=False)
+    with pytest.raises(UserError, match="4 checkpoints"):
+        check_space(small_disk, 1_000_000, config(), evaluated=True)  # the best stays, too
     one.save(state(2), record(2))
-    check_space(small_disk, 1_100_000, config())  # what stands goes when newer ones come
+    check_space(small_disk, 1_100_000, config(), evaluated=False)  # what stands goes when newer ones come
 
 
 def test_a_run_whose_disk_is_full_for_a_while(ranks, tiny, tmp_path, run_disk):

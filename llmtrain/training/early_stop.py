@@ -1,0 +1,48 @@
+"""Whether held-out text still gets better: every evaluation so far, and when to stop for it.
+
+What counts is bits per byte of all sources together. A checkpoint keeps every evaluation of its history: a
+run that goes on from it, after a kill or a rewind, stops after the step after which it would have stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from llmtrain.training.checkpoint.best import Score
+
+
+class EarlyStop:
+    """The evaluations of a run; `is_due` after `patience` in a row that were no better than the best before.
+
+    Better is lower by more than `min_delta`. Without `patience` it is never due.
+    """
+
+    def __init__(self, patience: int | None, min_delta: float, scores: Iterable[Score] = ()) -> None:
+        self._patience, self._min_delta = patience, min_delta
+        self._waited = 0
+        self.best: tuple[int, float] | None = None
+        """The evaluation that none was better than."""
+        self.scores: list[Score] = []
+        for step, value in scores:
+            self.add(step, value)
+
+    def add(self, step: int, value: float | None) -> None:
+        """Count the evaluation of a step; another one of the same step is none."""
+        if self.has(step):
+            return
+        value = value if value is not None and math.isfinite(value) else None
+        self.scores.append((step, value))
+        if value is not None and (self.best is None or value < self.best[1] - self._min_delta):
+            self.best, self._waited = (step, value), 0
+        else:
+            self._waited += 1
+
+    def has(self, step: int) -> bool:
+        """Whether the newest evaluation is that of `step`."""
+        return bool(self.scores) and self.scores[-1][0] == step
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the run ends for want of better evaluations; all ranks say the same."""
+        return self._patience is not None and self._waited >= self._patience
