@@ -305,6 +305,6 @@ def test_impossible_values_are_refused(cls: Any, wrong: dict[str, Any]) -> None:
 def test_the_yaml_has_every_key_and_no_other() -> None:
     conf = Path(__file__).parents[2] / "conf" / "callbacks" / "default.yaml"
     values = yaml.safe_load(conf.read_text())
-    assert set(values) == {"evaluation", "sample"}
+    assert set(values) == {"evaluation", "sample", "extra"}
     EvaluationConfig.model_validate(values["evaluation"])
     SampleConfig.model_validate(values["sample"])
