@@ -17,9 +17,25 @@ from llmtrain.training.config import TrainConfig
 from tests.training.test_keys import keys
 
 DOCS = Path(__file__).parents[1] / "docs"
-TRIED = ("data", "model", "multinode", "reliability", "watching")
-PAGES = {page: (DOCS / f"{page}.md").read_text() for page in TRIED}
+PAGES = {page.stem: page.read_text() for page in DOCS.glob("*.md")}
+ELSEWHERE = {
+    # pages whose commands have a test of their own
+    "benchmarks": "tests/test_bench.py",
+    "docker": "tests/launch/test_docker.py",
+    "extending": "tests/test_extending.py",
+    "kubernetes": "tests/launch/test_kubernetes.py",
+}
 YAML = re.findall(r"```yaml\n(.*?)```", PAGES["data"], re.S)
+SMALL = [
+    "seq_len=32",
+    "global_batch_size=4",
+    "micro_batch_size=2",
+    "precision=fp32",
+    "model.d_model=32",
+    "model.d_ff=64",
+    "callbacks.sample.max_new_tokens=4",
+    "callbacks.evaluation.documents=2",
+]
 
 
 def commands(page: str) -> list[str]:
@@ -88,6 +104,101 @@ def test_every_command_about_many_nodes_is_valid():
         assert program == "bash"
         assert (DOCS.parent / script).is_file()
         compose(TrainConfig, [word.partition(",")[0] for word in words if "=" in word])
+
+
+def try_command(command: str, ranks, base: list[str], directory: Path) -> None:
+    """A run is tried small, in one rank; of a script the overrides are composed."""
+    program, name, *words = shlex.split(command)
+    if program == "bash":
+        assert (DOCS.parent / name).is_file()
+        compose(TrainConfig, ["experiment=quickstart", *words])
+    elif program == "llmtrain" and name == "train":
+        ranks.run([*base, *words], 1, directory)
+    elif program == "llmtrain":
+        assert llmtrain([name, *words]) == 0, command
+    else:
+        assert command == "source .venv/bin/activate"
+
+
+def test_every_command_of_the_first_run_answers(ranks, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = [*tiny, "max_steps=2", "data.validation_fraction=0.3", "output_dir=runs/${name}"]
+    ranks.run([*base, "name=quickstart"], 1, tmp_path)
+    shutil.copytree("runs/quickstart", "runs/alibi")
+    for command in commands("first-run"):
+        try_command(command, ranks, base, tmp_path)
+    assert (tmp_path / "exported/config.json").is_file()
+
+
+def test_every_command_about_text_of_ones_own_answers(ranks, tmp_path, corpus, monkeypatch):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    (mixture,) = re.findall(r"```yaml\n(.*?)```", PAGES["own-text"], re.S)
+    Path("mine/data").mkdir(parents=True)
+    Path("mine/data/corpus.yaml").write_text(mixture)
+    for command in commands("own-text"):
+        try_command(command, ranks, [*SMALL, "max_steps=8"], tmp_path)
+    realised = json.loads(Path("runs/mixed/data.json").read_text())["sources"]
+    assert set(realised) == {"prose", "code"}
+
+
+def test_every_command_about_going_on_answers(ranks, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = [*tiny, "output_dir=runs/${name}", "data.validation_fraction=0"]
+    for command in commands("resume"):
+        try_command(command, ranks, base, tmp_path)
+    events = [json.loads(line) for line in Path("runs/mine/events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "resume"] == [20, 30]
+    branch = [json.loads(line) for line in Path("runs/branch/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in branch] == list(range(31, 41))
+
+
+def conversations() -> list[tuple[str, str]]:
+    """(command, what it answers) of the page of messages; `...` stands for any text."""
+    blocks = "".join(re.findall(r"```console\n(.*?)```", PAGES["faq"], re.S))
+    return re.findall(r"^\$ (.+)\n(error: .+)$", blocks, re.M)
+
+
+@pytest.mark.parametrize(("command", "answer"), conversations())
+def test_every_message_of_the_page_is_what_is_printed(command, answer, corpus, tmp_path, monkeypatch, capfd):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    assert llmtrain(shlex.split(command)[1:]) == 78
+    pattern = ".*".join(re.escape(part) for part in answer.split("..."))
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(pattern, line), line
+
+
+def test_the_other_messages_are_those_of_the_tests_named():
+    rows = re.findall(r"^\| `([^`]+)` \| [^|]+ \| (tests/[^ ]+) \|$", PAGES["faq"], re.M)
+    assert len(rows) > 10
+    for message, test in rows:
+        assert message in (DOCS.parent / test).read_text().replace('\\"', '"'), message
+
+
+def test_every_page_with_commands_is_tried():
+    tests = Path(__file__).read_text()
+    for page in PAGES:
+        if commands(page) and page not in ELSEWHERE:
+            assert f'commands("{page}")' in tests, page
+    for test in ELSEWHERE.values():
+        assert (DOCS.parent / test).is_file()
+
+
+def test_the_index_has_every_page_and_every_link_leads_somewhere():
+    listed = re.findall(r"\]\(([\w-]+)\.md[)#]", PAGES["README"])
+    assert set(PAGES) - {"README"} == set(listed)
+    for page, text in PAGES.items():
+        for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text):
+            target = DOCS / file if file else DOCS / f"{page}.md"
+            assert target.exists(), f"{page}: {file}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{page}: {file}#{anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_yaml_composes(tmp_path):

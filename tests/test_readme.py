@@ -69,3 +69,30 @@ def test_the_doors_answer_and_the_files_are_there(ranks, tiny, tmp_path, monkeyp
 def test_every_file_that_is_named_exists():
     for path in re.findall(r"\[[^\]]+\]\(([^)#:]+)\)", README):
         assert (REPOSITORY / path).exists(), path
+
+
+CHINESE = (REPOSITORY / "README.zh-CN.md").read_text()
+
+
+def blocks(text: str) -> list[list[str]]:
+    """The fenced blocks, their lines without comments and descriptions."""
+    found = re.findall(r"^```(.*?)^```", text, re.S | re.M)
+    return [[re.sub(r"(?<=\S) {2,}.*", "", line) for line in block.splitlines()] for block in found]
+
+
+def test_the_chinese_readme_has_the_same_commands():
+    assert blocks(CHINESE) == blocks(README)
+
+
+def test_the_chinese_readme_has_the_same_parts_links_and_figures():
+    for pattern in (
+        r"^(#+) ",
+        r"\]\(((?!README)[^)]+)\)",  # links, but for those of one to the other
+        r"\b(tests/[\w./]+)",
+        r"`(\w+(?:[./]\w+)*=[^`]*)`",  # overrides
+    ):
+        ours, theirs = (re.findall(pattern, text, re.M) for text in (README, CHINESE))
+        assert ours, pattern
+        assert sorted(theirs) == sorted(ours), pattern
+    ours, theirs = (re.findall(r"\d[\d.]*(?:e-\d)?", text.split("\n## ")[-1]) for text in (README, CHINESE))
+    assert sorted(theirs) == sorted(ours)
