@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import psutil
+import torch
+
 from llmtrain.training.build import Run
 from llmtrain.training.engine.transfer import StepResult
 from llmtrain.training.sizing.hardware import device_name
@@ -33,7 +36,15 @@ def step_metrics(run: Run, step: int, result: StepResult, lr: float, seconds: fl
     line["perf/tokens_per_second"] = tokens / seconds
     line["perf/step_seconds"] = seconds
     line["perf/mfu"] = model_flops_utilisation(run, tokens / seconds)
+    line["perf/memory_bytes"] = memory_held(run.engine.device)
     return line | run.goodput.as_metrics()
+
+
+def memory_held(device: torch.device) -> int:
+    """Bytes that this process, rank 0, holds of its GPU now; on the CPU, of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 def _mean(loss: float, targets: float) -> float:

@@ -6,15 +6,17 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import yaml
 
+from llmtrain.training.report_events import event_marks, events_section, save_traces
 from llmtrain.training.report_goodput import goodput_section
 from llmtrain.training.report_heldout import change, heldout_section
-from llmtrain.training.report_mixture import QUARANTINE, mixture_section, stage_steps
+from llmtrain.training.report_mixture import QUARANTINE, Stage, asked_by, mixture_section, stage_steps
 from llmtrain.training.report_page import Chart, Trace, number, page, table
 from llmtrain.training.report_samples import samples_section
 from llmtrain.training.report_spikes import spikes_section
@@ -30,26 +32,11 @@ PATIENCE = 5.0
 MOST_POINTS = 2000
 """Points of a curve; a longer one is drawn as means of buckets, so that the page stays small."""
 
-MOST_EVENTS = 200
-FIRST_EVENTS = 20
-"""Of more events than MOST_EVENTS, the first few and the newest are shown."""
-
-MOST_MARKS = 12
 MOST_NAME = 90
 """Characters of a kernel's name that are shown; the rest is in its tool tip."""
 
 PALETTE = 8
 """Colours that the page has for sources, c0 to c7; sources beyond that begin anew."""
-
-MARKS = {"resume": "resumed", "spike": "spike", "rewind": "rewound"}
-"""Events that the loss curve shows, and as what."""
-
-WARNINGS = (
-    "warning", "skip", "spike", "rewind", "signal", "hang", "crash", "corruption", "rejected",
-    "save_failed",
-)  # fmt: skip
-TOLD_ELSEWHERE = ("time", "event", "step", "rows")
-"""Of an event: in columns and sections of their own."""
 
 Line = Mapping[str, Any]
 
@@ -93,6 +80,7 @@ class _Report:
         self.events = directory.read_events()
         self.goodput = goodput_section(written, self.events, span)
         self.data: Mapping[str, Any] = directory.read_json("data.json") or {}
+        self.best: Mapping[str, Any] = directory.read_json("best.json") or {}
         self.heldout: Mapping[str, Any] = directory.read_json("eval/heldout.json") or {}
         self.name = str(self.config.get("name") or directory.name)
         self.sources = self._source_names()
@@ -108,7 +96,7 @@ class _Report:
             self.goodput,
             self._profile(),
             spikes_section(self.events, self._dot),
-            self._events(),
+            events_section(self.events),
             self._config(),
         ]
         return page(f"{self.name} · llmtrain", "\n".join(body), self.charts)
@@ -118,6 +106,8 @@ class _Report:
             bool(self.events) and self.events[-1].get("event") == "end"
         )  # DONE is written after the report
         kind, state = ("good", "complete") if ended else ("warn", "not finished")
+        early = any(event.get("event") == "early_stop" for event in self.events)
+        chips = f'<span class="chip {kind}">{state}</span>' + early * "<span class=chip>stopped early</span>"
         tiles = "".join(
             f"<div class=tile><dt>{escape(name)}</dt>"
             f"<dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
@@ -125,7 +115,7 @@ class _Report:
         )
         return (
             f"<header><div class=headline><h1>{escape(self.name)}</h1>"
-            f'<span class="chip {kind}">{state}</span></div>'
+            f"{chips}</div>"
             f"<p class=soft>{escape(self._summary())}</p><dl class=tiles>{tiles}</dl></header>"
         )
 
@@ -137,6 +127,7 @@ class _Report:
         speeds = [line["perf/tokens_per_second"] for line in self.lines if line.get("perf/tokens_per_second")]
         bits, unigram = self._newest("bits_per_byte"), self._newest("unigram_bits_per_byte")
         gain = f"bits per byte, {change(bits, unigram)} against unigram" if unigram else "bits per byte"
+        best = f"bits per byte, after step {self.best['step']:,}" if self.best else ""
         return [
             ("Steps", _steps(last.get("step", 0), self.config.get("max_steps")), ""),
             ("Tokens trained", number(last.get("train/tokens"), short), batch),
@@ -147,6 +138,7 @@ class _Report:
             ),
             ("Training loss", number(last.get("train/loss"), "{:.4f}".format), "nats per token, last step"),
             ("Held-out text", number(bits, "{:.4f}".format), gain),
+            *([("Best checkpoint", number(self.best["value"], "{:.4f}".format), best)] if self.best else ()),
             ("Throughput", number(median(speeds) if speeds else None, short), "tokens per second, median"),
         ]
 
@@ -172,39 +164,36 @@ class _Report:
         if not self.lines:
             return "<h2>Curves</h2><p class=soft>No step has been logged yet.</p>"
         losses, speed = self._by_source("train/loss"), self._curve("perf/tokens_per_second")
+        held_out = self._by_source("eval/bits_per_byte", dots=True)
+        happened = event_marks(self.events)
+        best = [{"x": self.best["step"], "text": " best checkpoint"}] if self.best else []
         charts = [
-            Chart("Training loss", "nats per token", losses, wide=True, log=True, marks=self._marks()),
-            Chart("Held-out loss", "bits per byte", self._by_source("eval/bits_per_byte", dots=True)),
-            Chart("Throughput", "tokens per second", speed, zero=True),
+            Chart("Training loss", "nats per token", losses, wide=True, log=True, marks=happened),
+            Chart("Held-out loss", "bits per byte", held_out, marks=best),
             Chart("Learning rate", "as applied", self._curve("train/lr"), zero=True),
             Chart("Gradient norm", "before clipping", self._curve("train/grad_norm"), log=True),
+            Chart("Throughput", "tokens per second", speed, zero=True),
         ]
-        if mfu := self._curve("perf/mfu"):
-            charts.append(Chart("Model FLOPs utilisation", "of the peak", mfu, zero=True))
+        mfu, memory = self._curve("perf/mfu", scale=100), self._curve("perf/memory_bytes", scale=2**-30)
+        more = [
+            Chart("Model FLOPs utilisation", "percent of the peak", mfu, zero=True),
+            Chart("Memory", "GiB held by rank 0", memory, zero=True),
+            Chart("Saves", "seconds a checkpoint", save_traces(self.events), zero=True),
+        ]
+        charts += [chart for chart in more if chart.traces]
         bucket = bucket_size(len(self.lines))
         note = f"<p class=soft>Each point is the mean of {bucket} logged steps.</p>" if bucket > 1 else ""
         return f"<h2>Curves</h2>{note}<div class=cards>{''.join(map(self._draw, charts))}</div>"
 
-    def _curve(
-        self, key: str, name: str = "", color: str = "c0", *, faint: bool = False, dots: bool = False
-    ) -> list[Trace]:
-        return curve(self.lines, key, name or key, color, faint=faint, dots=dots)
+    def _curve(self, key: str, name: str = "", color: str = "c0", **look: Any) -> list[Trace]:
+        return curve(self.lines, key, name or key, color, **look)
 
-    def _by_source(self, key: str, dots: bool = False) -> list[Trace]:
-        """A key of each source in its colour, and of all together, thick and on top."""
-        traces = []
-        for source in self.sources:
-            traces += self._curve(f"{key}/{source}", source, self._color(source), faint=True, dots=dots)
-        return traces + self._curve(key, "all", "ink", dots=dots)
-
-    def _marks(self) -> list[dict[str, Any]]:
-        """Where the run was taken up again, spiked or was rewound; the newest few, if that happened often."""
-        marked = {
-            (event.get("step"), MARKS[event["event"]])
-            for event in self.events
-            if event.get("event") in MARKS and isinstance(event.get("step"), int)
-        }
-        return [{"x": step, "text": f" {text}"} for step, text in sorted(marked)[-MOST_MARKS:]]
+    def _by_source(self, key: str, **look: Any) -> list[Trace]:
+        """A key of each source in its colour, and of all together, where there is that, thick and on top."""
+        together = self._curve(key, "all", "ink", **look)
+        look["faint"] = bool(together)
+        each = [self._curve(f"{key}/{name}", name, self._color(name), **look) for name in self.sources]
+        return [*chain.from_iterable(each), *together]
 
     def _mixture(self) -> str:
         order: Mapping[str, Any] = self.directory.read_json("data/order.json") or {}
@@ -213,7 +202,23 @@ class _Report:
         stages = stage_steps(order, merged([*skips, *rewinds]))
         quarantine = self.directory.path / QUARANTINE
         kept = {name for name in self.sources if any((quarantine / name).glob("shard-*.jsonl"))}
-        return mixture_section(self.data, stages, kept, self._dot, self._draw)
+        curves = [
+            Chart("Share of the tokens so far", "percent; dotted: as asked", self._shares(stages), zero=True),
+            Chart("Epochs", "passes over the text of a source", self._by_source("data/epochs"), zero=True),
+        ]
+        return mixture_section(self.data, stages, kept, self._dot, self._draw, curves)
+
+    def _shares(self, stages: Sequence[Stage]) -> list[Trace]:
+        """Of each source as it was served, and below it as it was asked for."""
+        traces = []
+        for name in self.sources:
+            served = self._curve(f"data/share/{name}", name, self._color(name), scale=100)
+            for trace in served if stages else ():
+                steps = [float(step) for step in trace.x]
+                asked = [100 * share for share in asked_by(steps, name, stages)]
+                traces.append(Trace(f"{name}, asked", steps, asked, trace.color, dash=True))
+            traces += served
+        return traces
 
     def _profile(self) -> str:
         found = self.directory.read_json("profile/kernels.json")
@@ -236,19 +241,8 @@ class _Report:
             "The whole trace is in profile/."
         )
         head = [what, "calls a step", "ms a step", "share"]
-        card = f"<div class=card>{table(head, rows, words=(what,))}</div>"
+        card = f'<div class="card tall">{table(head, rows, words=(what,))}</div>'
         return f"<h2>Profile</h2><p class=soft>{note}</p>{card}"
-
-    def _events(self) -> str:
-        if not self.events:
-            return ""
-        rows = [_event(event) for event in self.events]
-        if len(rows) > MOST_EVENTS:
-            left_out = len(rows) - MOST_EVENTS
-            gap = ["…", "", "", f"{left_out} more in events.jsonl"]
-            rows = [*rows[:FIRST_EVENTS], gap, *rows[FIRST_EVENTS + left_out :]]
-        head = ["time (UTC)", "step", "event", "details"]
-        return f"<h2>Events</h2><div class=card>{table(head, rows, words=('event', 'details'))}</div>"
 
     def _config(self) -> str:
         if not self.config:
@@ -306,10 +300,12 @@ def curve(
     across: str = "step",
     faint: bool = False,
     dots: bool = False,
+    scale: float = 1,
 ) -> list[Trace]:
-    """A key over the steps, or over another key, as a trace; none where it never has a value."""
+    """A key, times `scale`, over the steps or over another key, as a trace; none where it has no value."""
     points = [(line[across], line[key]) for line in lines if key in line and across in line]
-    x, y = thin(points, bucket_size(len(points)))
+    x, means = thin(points, bucket_size(len(points)))
+    y = [value if value is None else scale * value for value in means]
     trace = Trace(name, x, y, color, faint=faint, dots=dots)
     return [trace] if any(value is not None for value in y) else []
 
@@ -335,26 +331,6 @@ def training_seconds(lines: Sequence[Line]) -> float:
         total += (line.get("perf/step_seconds") or 0.0) * (line["step"] - before)
         before = line["step"]
     return total
-
-
-def _event(event: Mapping[str, Any]) -> list[str]:
-    """A row of the table of events, as HTML."""
-    kind = str(event.get("event", ""))
-    chip = "warn" if kind in WARNINGS else "good" if kind == "end" else ""
-    time = str(event.get("time", "")).replace("T", " ")[:19]
-    details = [f"{key} {_plain(value)}" for key, value in event.items() if key not in TOLD_ELSEWHERE]
-    return [
-        escape(time),
-        escape(str(event.get("step", ""))),
-        f'<span class="chip {chip}">{escape(kind)}</span>',
-        escape(" · ".join(details)),
-    ]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return "none" if value is None else str(value)
 
 
 def _steps(step: int, most: int | None) -> str:

@@ -29,6 +29,7 @@ def mixture_section(
     kept: Collection[str],
     dot: Callable[[str], str],
     draw: Callable[[Chart], str],
+    curves: Sequence[Chart] = (),
 ) -> str:
     """The section as HTML; empty where data.json (`data`) names no source.
 
@@ -43,8 +44,9 @@ def mixture_section(
     whole = sum(entry["weight"] for entry in sources.values()) or 1
     asked = {name: entry["weight"] / whole for name, entry in sources.items()}
     realised = [100 * entry["share"] for entry in sources.values()]
+    so_far = {name: asked_by([step], name, begun)[0] for name in sources} if step and begun else asked
     bars = [
-        Trace("asked", list(sources), [100 * share for share in asked.values()], "soft", "bar", faint=True),
+        Trace("asked", list(sources), [100 * share for share in so_far.values()], "soft", "bar", faint=True),
         Trace("realised", list(sources), realised, "accent", "bar"),
     ]
     head = ["source", "asked now" if len(begun) > 1 else "asked", *HEAD]
@@ -56,6 +58,7 @@ def mixture_section(
     ]
     cards = [
         draw(Chart("Share of the training tokens", "percent", bars, wide=True, zero=True)),
+        *(draw(chart) for chart in curves if chart.traces),
         f'<div class="card wide">{shares}<p class=soft>{LOSS}</p></div>',
         f'<div class="card wide"><h3>Where everything went</h3>{"".join(sums)}</div>',
         _bad_records(sources, kept, dot),
@@ -203,3 +206,16 @@ def stage_steps(order: Mapping[str, Any], skip: Iterable[Sequence[int]]) -> list
         before = sum(max(min(last + 1, place) - first, 0) for first, last in left_out)
         steps.append((place - before, weights))
     return steps
+
+
+def asked_by(steps: Iterable[float], name: str, stages: Sequence[Stage]) -> list[float]:
+    """The share of a source of all tokens up to each step, as the `stages` (of `stage_steps`) ask for it."""
+    shares = []
+    for step in steps:
+        asked, after = 0.0, step
+        for first, weights in reversed(stages):
+            length = max(0.0, after - (first - 1))
+            asked += length * weights.get(name, 0) / (sum(weights.values()) or 1)
+            after = min(after, first - 1)
+        shares.append(asked / step)
+    return shares

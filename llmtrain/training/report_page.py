@@ -26,6 +26,7 @@ class Trace:
     kind: str = "line"
     faint: bool = False
     dots: bool = False
+    dash: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,13 @@ p.soft { overflow-wrap: anywhere; }
 .tile dd { margin: 0; font-size: 1.4rem; font-weight: 600; letter-spacing: -0.02em; line-height: 1.3; }
 .tile small { display: block; color: var(--soft); font-size: 0.78rem; font-weight: 400; letter-spacing: 0;
               line-height: 1.4; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+.cards { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); }
+@media (min-width: 48rem) { .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 0.75rem; padding: 1rem;
         margin: 0; min-width: 0; }
 .card.table { align-self: start; }
 .card.wide { grid-column: 1 / -1; }
+.cards.uneven { grid-template-columns: minmax(0, 1fr); }
 @media (min-width: 64rem) { .cards.uneven { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); } }
 .title { display: flex; justify-content: space-between; align-items: baseline; gap: 1rem; }
 .chart { height: 17rem; margin-top: 0.25rem; }
@@ -195,6 +198,10 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
       font: 0.85rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre + pre { border-top: 1px solid var(--line); margin-top: 1rem; padding-top: 1rem; }
 pre b { color: var(--accent); font-weight: 600; }
+.counts { display: flex; flex-wrap: wrap; gap: 0.4rem 1rem; list-style: none; margin: 0 0 0.75rem; padding: 0;
+          color: var(--soft); font-size: 0.875rem; font-variant-numeric: tabular-nums; }
+.tall > .scroll { max-height: 32rem; overflow-y: auto; }
+.tall th { position: sticky; top: 0; background: var(--card); }
 details { margin-top: 1rem; }
 summary { cursor: pointer; color: var(--soft); font-size: 0.9rem; }
 details > * + * { margin-top: 0.75rem; }
@@ -203,7 +210,9 @@ footer { color: var(--soft); font-size: 0.8rem; margin: 2.5rem 0 0; border-top: 
 @media (max-width: 40rem) {
   main { padding: 1.25rem 0.75rem; }
   .tiles { grid-template-columns: repeat(2, 1fr); gap: 0.5rem; }
+  .tile:last-child:nth-child(odd) { grid-column: 1 / -1; }
   .card { padding: 0.75rem; }
+  .tall td:first-child { white-space: normal; min-width: 5.5rem; }
   .chart, .wide > .chart { height: 15rem; }
 }
 @media print { .card, .tile { break-inside: avoid; } button.log { display: none; } }
@@ -226,8 +235,9 @@ function trace(t) {
             hovertemplate: "%{y:.4~g}<extra>" + t.name + "</extra>"};
   }
   const mode = t.dots && t.x.length <= 50 ? "lines+markers" : "lines";
-  return {type: "scatter", mode: mode, x: t.x, y: t.y, name: t.name,
-          line: {color: c, width: t.faint ? 1.2 : 2}, marker: {color: c, size: 6},
+  return {type: "scatter", mode: mode, x: t.x, y: t.y, name: t.name, showlegend: !t.dash,
+          line: {color: c, width: t.faint || t.dash ? 1.2 : 2, dash: t.dash ? "dot" : "solid"},
+          marker: {color: c, size: 6},
           opacity: t.faint ? 0.85 : 1, connectgaps: t.dots,
           hovertemplate: "%{y:.5~g}<extra>" + t.name + "</extra>"};
 }
@@ -236,6 +246,14 @@ function axis(title, more) {
   return Object.assign({title: {text: title, font: {size: 12, color: color("soft")}, standoff: 8},
     gridcolor: color("line"), zeroline: false, linecolor: color("line"), automargin: true,
     tickfont: {color: color("soft")}}, more);
+}
+
+function note(mark, i, chart) {  // below the one before, and never beyond the curves
+  const xs = chart.traces.flatMap(t => t.x), low = Math.min(...xs), high = Math.max(...xs);
+  const right = 2 * mark.x > low + high;
+  return {x: mark.x, yref: "paper", y: 1 - 0.07 * (i % 4), text: right ? mark.text.trim() + " " : mark.text,
+          showarrow: false, xanchor: right ? "right" : "left", yanchor: "top",
+          font: {size: 11, color: color("soft")}};
 }
 
 function layout(chart) {
@@ -253,8 +271,7 @@ function layout(chart) {
                                        chart.zero ? {rangemode: "tozero"} : {})),
     shapes: chart.marks.map(m => ({type: "line", x0: m.x, x1: m.x, yref: "paper", y0: 0, y1: 1,
       line: {color: color("soft"), width: 1, dash: "dot"}})),
-    annotations: chart.marks.map(m => ({x: m.x, yref: "paper", y: 1, text: m.text, showarrow: false,
-      xanchor: "left", yanchor: "top", font: {size: 11, color: color("soft")}}))
+    annotations: chart.marks.map((m, i) => note(m, i, chart))
   };
 }
 

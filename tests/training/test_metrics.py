@@ -21,7 +21,7 @@ KEYS = {
         for key in ("train/loss", "data/tokens", "data/share", "data/epochs")
         for name in ("code", "prose")
     ),
-    *("perf/tokens_per_second", "perf/step_seconds", "perf/mfu", "goodput/share"),
+    *("perf/tokens_per_second", "perf/step_seconds", "perf/mfu", "perf/memory_bytes", "goodput/share"),
     *(f"goodput/{part}_seconds" for part in PARTS),
 }
 
@@ -52,6 +52,7 @@ def test_every_key_of_every_line(ranks, tiny, tmp_path):
             continue
         line = by_step[step]
         assert set(line) >= KEYS
+        assert 2**27 < line["perf/memory_bytes"] < 2**34  # of a process that has imported torch
         assert line["train/tokens"] == step * 8 * 64
         assert line["train/lr"] == pytest.approx(config.optimizer.lr * config.scheduler.build(7)(step))
         assert line["perf/tokens_per_second"] == pytest.approx(8 * 64 / line["perf/step_seconds"])

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
-import shutil
-import subprocess
 import threading
-from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,13 @@ from hypothesis import strategies as st
 from llmtrain.config import UserError
 from llmtrain.training import report
 from llmtrain.training.report import MOST_POINTS, by_step, thin, write_last_report, write_report
-from llmtrain.training.report_mixture import stage_steps
+from llmtrain.training.report_events import MOST_EVENTS
+from llmtrain.training.report_mixture import asked_by, stage_steps
 from llmtrain.training.report_page import Chart, Trace, page
 from llmtrain.training.report_samples import MOST_SAMPLES, spread
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.words import describe_model, span
+from tests.data.browser import Browser, find_chromium
 
 HOSTILE = "</script><script>alert('sample')</script><img src=x onerror=alert(1)> & <b>"
 SOURCES = ("code", "prose")
@@ -231,9 +231,60 @@ def test_mixture_and_held_out_have_bars_and_tables(run: RunDirectory) -> None:
     assert "all1.50002.00001.7500\N{MINUS SIGN}25.0 %2.0000999" in seen.text
 
 
+def everything(run: RunDirectory) -> RunDirectory:
+    """A run with all that a report can show."""
+    fill(run)
+    shares = {f"data/share/{name}": share for name, share in zip(SOURCES, (0.75, 0.25), strict=True)}
+    epochs = {f"data/epochs/{name}": 0.3 for name in SOURCES}
+    run.append_metrics({**line(9), **shares, **epochs, "perf/mfu": 0.4, "perf/memory_bytes": 3 * 2**29})
+    for step in (4, 9):
+        run.append_event("save", step=step, seconds=2.0, stall_seconds=0.5)
+    run.append_event("skip", step=7)
+    run.append_event("spike", step=7)
+    run.append_event("early_stop", step=9, best_step=8)
+    run.write_json("best.json", {"step": 8, "path": "x", "measure": "eval/bits_per_byte", "value": 1.5})
+    run.write_json(
+        "data/order.json", {"global_batch_size": 8, "stages": [[0, {"code": 3, "prose": 1}]], "windows": 0}
+    )
+    kernel = {"name": "aten::mm" * 30, "calls": 2, "ms": 1.5, "share": 0.5}
+    run.write_json(
+        "profile/kernels.json",
+        {"on": "device", "first_step": 2, "steps": 3, "step_ms": 9.0, "total_ms": 3.0, "kernels": [kernel]},
+    )
+    return run
+
+
+def test_all_that_is_known_of_a_run_is_shown(run: RunDirectory) -> None:
+    seen = Page(write_report(everything(run).path))
+    charts = seen.charts
+    assert charts["chart-memory"]["perf/memory_bytes"]["y"] == [1.5]
+    assert charts["chart-saves"]["until it was there"]["y"] == [2.0, 2.0]
+    assert charts["chart-saves"]["training stood still"]["y"] == [0.5, 0.5]
+    shares = charts["chart-share-of-the-tokens-so-far"]
+    assert {name: trace["y"] for name, trace in shares.items()} == {
+        "code": [75.0], "code, asked": [75.0], "prose": [25.0], "prose, asked": [25.0]
+    }  # fmt: skip
+    assert charts["chart-epochs"]["prose"]["y"] == [0.3]
+    marks = {chart["id"]: chart["marks"] for chart in json.loads(seen.scripts[0])}
+    assert marks["chart-training-loss"] == [
+        {"x": 4, "text": " resumed"},
+        {"x": 7, "text": " left out, spike"},
+        {"x": 9, "text": " stopped early"},
+    ]
+    assert marks["chart-held-out-loss"] == [{"x": 8, "text": " best checkpoint"}]
+    assert "Best checkpoint" in seen.text and "after step 8" in seen.text
+    assert "stopped early" in seen.chips
+
+
+def test_what_was_asked_so_far_follows_the_stages() -> None:
+    stages = [(1, {"code": 3, "prose": 1}), (5, {"prose": 2})]
+    assert asked_by([2, 4, 8], "code", stages) == pytest.approx([0.75, 0.75, 0.375])
+    assert asked_by([2, 4, 8], "prose", stages) == pytest.approx([0.25, 0.25, 0.625])
+
+
 def test_mfu_has_a_chart_where_it_is_known(run: RunDirectory) -> None:
     run.append_metrics({**line(1), "perf/mfu": 0.4})
-    assert Page(write_report(run.path)).charts["chart-model-flops-utilisation"]["perf/mfu"]["y"] == [0.4]
+    assert Page(write_report(run.path)).charts["chart-model-flops-utilisation"]["perf/mfu"]["y"] == [40.0]
 
 
 # The ledger
@@ -543,7 +594,7 @@ def test_many_events_and_samples_are_cut_to_what_one_reads(run: RunDirectory) ->
     for step in range(1, 41):
         (run.samples / f"step_{step:08d}.txt").write_text(f"sample {step}.")
     text = Page(write_report(run.path)).text
-    assert len(re.findall(r"note number \d+\.", text)) == report.MOST_EVENTS
+    assert len(re.findall(r"note number \d+\.", text)) == MOST_EVENTS
     assert "number 0." in text and "number 299." in text and "100 more in events.jsonl" in text
     assert "number 20." not in text and "number 120." in text
     assert len(re.findall(r"sample \d+\.", text)) == MOST_SAMPLES + 1
@@ -611,32 +662,24 @@ def test_spread_keeps_both_ends() -> None:
 
 # In a browser
 
-CHROMIUM = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--enable-logging=stderr", "--virtual-time-budget=5000",
-]  # fmt: skip
-
 
 @pytest.mark.system
-def test_a_browser_draws_every_chart_without_a_complaint(run: RunDirectory, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
+def test_a_browser_draws_every_chart_on_every_screen(run: RunDirectory, tmp_path: Path) -> None:
+    program = find_chromium()
+    if program is None:
         pytest.skip("no chromium on this machine")
-    file = write_report(fill(run).path)
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    result = subprocess.run(
-        [browser, *CHROMIUM, profile, "--dump-dom", file.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ":CONSOLE" not in result.stderr, result.stderr
-    dom = unescape(result.stdout)
-    charts = Page(file).charts
-    drawn = re.findall(
-        r'id="?(chart-[\w-]+)"? class="?[^>]*js-plotly-plot|class="chart js-plotly-plot" id="(chart-[\w-]+)"',
-        dom,
-    )
-    assert {one or other for one, other in drawn} == set(charts)
-    assert dom.count('<svg class="main-svg"') >= len(charts)
+    page = write_report(everything(run).path)
+    charts, papers = Page(page).charts, set()
+    drawn = "[...document.querySelectorAll('.js-plotly-plot')].filter(c => c.querySelector("
+    drawn += "'.scatterlayer path.js-line[d], .scatterlayer path.point, .barlayer path')).map(c => c.id)"
+    with Browser(program, tmp_path / "profile") as browser:
+        for width, dark in itertools.product((375, 820, 1440), (False, True)):
+            browser.look(width, 900, dark=dark)
+            browser.open(page.as_uri())
+            assert set(browser.run(drawn)) == set(charts), (width, dark)
+            assert browser.run("document.documentElement.scrollWidth") == width
+            wider = "[...document.querySelectorAll('.card')].filter(c => c.getBoundingClientRect().right > "
+            assert browser.run(f"{wider}{width}).length") == 0
+            papers.add((dark, browser.run("getComputedStyle(document.body).backgroundColor")))
+        assert browser.complaints == []
+    assert len(papers) == 2, "one colour a scheme"
