@@ -106,7 +106,8 @@ class _Report:
             bool(self.events) and self.events[-1].get("event") == "end"
         )  # DONE is written after the report
         kind, state = ("good", "complete") if ended else ("warn", "not finished")
-        early = any(event.get("event") == "early_stop" for event in self.events)
+        last = self.lines[-1]["step"] if self.lines else 0
+        early = any(event.get("event") == "early_stop" and event["step"] == last for event in self.events)
         chips = f'<span class="chip {kind}">{state}</span>' + early * "<span class=chip>stopped early</span>"
         tiles = "".join(
             f"<div class=tile><dt>{escape(name)}</dt>"

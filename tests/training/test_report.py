@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import threading
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
