@@ -79,6 +79,7 @@ def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
             preflight(config, world, prepared.tokenizer, tick)
             distributed.barrier()
         run = build_run(config, world, directory, prepared, stop, heart)
+        ends.callback(run.close_loggers)
         run_begins()
         begin(run)
         fit(run)

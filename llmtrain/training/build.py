@@ -101,7 +101,7 @@ class Run:
     skipped: int = 0
     """Steps in a row that were not applied."""
     losses: SourceLosses = field(default_factory=SourceLosses)
-    loggers: Sequence[Logger] = ()
+    loggers: list[Logger] = field(default_factory=list)
     cut_short: bool = False
     """Whether a stop left out what is due after the last step."""
     waits: bool = False
@@ -119,6 +119,11 @@ class Run:
         """Whether the last step is done."""
         return self.step >= self.config.max_steps or self.early_stop.is_due
 
+    def close_loggers(self) -> None:
+        """Let the loggers write what they hold back; none is left."""
+        while self.loggers:
+            self.loggers.pop().close()
+
 
 def check_job(config: TrainConfig, world: World) -> None:
     """`check_start`; but where another job is at work in the run directory, that is what is told, with 73."""
@@ -133,13 +138,14 @@ def check_start(config: TrainConfig, world: World) -> None:
     """UserError for what only the number of ranks or the disk can tell, before anything starts.
 
     Directories must be such that can be written. The text must be there, and a checkpoint that `resume`
-    names, with settings that may go on here, or whole weights of `model.init_from`; the attention backend
-    and FP8, if asked for; the global batch must divide into ranks and micro-batches.
+    names, with settings that may go on here, or whole weights of `model.init_from`; the attention backend,
+    FP8 and loggers, if asked for; the global batch must divide into ranks and micro-batches.
     """
     from llmtrain.training.pretrained import check_files
 
     check_places(output_dir=config.output_dir, cache_dir=config.cache_dir)
     check_inputs(config.data)
+    config.logger.check()
     if config.fp8:
         check_fp8(config.fp8)
     if config.model.attention.asked != "auto":

@@ -33,21 +33,26 @@ def spread(items: Sequence[Path], most: int) -> list[Path]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _sample(file: Path) -> str:
-    """A file of samples as HTML: a block a prompt, the prompt itself set apart."""
+def read_samples(file: Path) -> list[tuple[str, str]]:
+    """(prompt, continuation) of each block of a file of samples; without blocks, the text after no prompt."""
     blocks = re.split(r"^--- prompt \d+: (.*)\n", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
     if len(blocks) == 1:
-        return f"<pre>{escape(blocks[0])}</pre>"
-    return "".join(_continuation(*pair) for pair in zip(blocks[1::2], blocks[2::2], strict=True))
+        return [("", blocks[0])]
+    return [_parted(*pair) for pair in zip(blocks[1::2], blocks[2::2], strict=True)]
 
 
-def _continuation(quoted: str, text: str) -> str:
+def _parted(quoted: str, text: str) -> tuple[str, str]:
     try:
         prompt = str(ast.literal_eval(quoted))
     except (ValueError, SyntaxError):
         prompt = ""
     begin = prompt if text.startswith(prompt) else ""
-    return f"<pre><b>{escape(begin)}</b>{escape(text[len(begin) :].rstrip())}</pre>"
+    return begin, text[len(begin) :].rstrip()
+
+
+def _sample(file: Path) -> str:
+    """A file of samples as HTML: a block a prompt, the prompt itself set apart."""
+    return "".join(f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>" for prompt, text in read_samples(file))
 
 
 def _step_of(file: Path) -> int:

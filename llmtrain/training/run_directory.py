@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,13 @@ class RunDirectory:
     def newest_metrics(self) -> list[dict[str, Any]]:
         """The last of them, some thousand, read in no time however long the run is."""
         return _read_lines(self.metrics, last=NEWEST_BYTES)
+
+    def count_metrics(self) -> int:
+        """How many lines metrics.jsonl has."""
+        if not self.metrics.exists():
+            return 0
+        with self.metrics.open("rb") as stream:
+            return sum(block.count(b"\n") for block in iter(partial(stream.read, 2**20), b""))
 
     def read_events(self) -> list[dict[str, Any]]:
         """Every complete line of events.jsonl in file order."""

@@ -47,8 +47,6 @@ class Launched:
 def fit(run: Run) -> None:
     """Train from the step after `run.step` to the last one, or until somebody asks to stop."""
     with ExitStack() as ends:
-        for sink in run.loggers:
-            ends.callback(sink.close)
         for callback in run.callbacks:
             ends.callback(callback.on_end, run)
             callback.on_start(run)
@@ -304,6 +302,7 @@ def finish(run: Run) -> int:
         elif not run.saver.failures:
             run.directory.append_event("end", step=run.step)
         report(run)
+        run.close_loggers()
         for line in closing_lines(run.directory):
             logger.info("%s", line)
     if run.saver.failures:

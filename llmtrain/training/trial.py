@@ -59,7 +59,7 @@ def trial_config(config: TrainConfig, plan: Plan, directory: Path) -> TrainConfi
         name: source.model_copy(update={"epochs": None, "weight": plan.sources[name].weight})
         for name, source in config.data.sources.items()
     }
-    callbacks, wandb = config.callbacks, config.logger.wandb
+    callbacks = config.callbacks
     documents = min(callbacks.evaluation.documents or DOCUMENTS, DOCUMENTS)
     new_tokens = min(callbacks.sample.max_new_tokens, NEW_TOKENS)
     return config.model_copy(
@@ -70,13 +70,7 @@ def trial_config(config: TrainConfig, plan: Plan, directory: Path) -> TrainConfi
             "log_every": 1,
             "data": config.data.model_copy(update={"sources": sources, "preparation": "background"}),
             "profile": config.profile.model_copy(update={"steps": 0}),
-            "logger": config.logger.model_copy(
-                update={
-                    "progress": "none",
-                    "extra": {},
-                    "wandb": wandb.model_copy(update={"mode": "disabled"}),
-                }
-            ),
+            "logger": config.logger.silent(),
             "callbacks": callbacks.model_copy(
                 update={
                     "evaluation": callbacks.evaluation.model_copy(update={"documents": documents}),

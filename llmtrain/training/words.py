@@ -35,6 +35,11 @@ def span(seconds: float) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, and its type, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def percent(share: float) -> str:
     """`41.2 %` of 0.412."""
     return f"{100 * share:.1f} %"

@@ -19,6 +19,7 @@ from llmtrain.data.workers import Crew
 from llmtrain.training.engine.engine import Engine
 from llmtrain.training.heartbeat import Heart, Phase
 from llmtrain.training.run_directory import RunDirectory
+from tests.training.wandb_files import offline_files, step_numbers
 
 STEP = "LLMTRAIN_TEST_FAULT_STEP"
 """The step after which the fault comes."""
@@ -57,6 +58,23 @@ def spoil() -> None:
 def die() -> None:
     """Every rank is killed after a step was given to its device."""
     _after_step(lambda engine: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def be_stopped() -> None:
+    """SIGTERM comes after a step was given to the device."""
+    _after_step(lambda engine: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def die_recorded() -> None:
+    """Every rank is killed after a step, once wandb's file has the lines of all steps before it."""
+
+    def fault(_: Engine) -> None:
+        (run,) = Path.cwd().glob("*/metrics.jsonl")
+        while len(run.read_text().splitlines()) > sum(map(len, map(step_numbers, offline_files(run.parent)))):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _after_step(fault)
 
 
 def _after_step(fault) -> None:

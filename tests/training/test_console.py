@@ -144,7 +144,9 @@ from types import SimpleNamespace
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from llmtrain.training.loggers import LoggerConfig
 from llmtrain.training.run_directory import RunDirectory
-config = LoggerConfig.model_validate({"progress": sys.argv[1], "wandb": {"mode": "disabled", "project": "p"}})
+wandb = {"mode": "disabled", "project": "p"}
+values = {"progress": sys.argv[1], "wandb": wandb, "tensorboard": False, "extra": {}}
+config = LoggerConfig.model_validate(values)
 steps, sources = int(sys.argv[2]), int(sys.argv[3])
 found = config.build(RunDirectory(tempfile.mkdtemp()), SimpleNamespace(max_steps=steps))
 print([type(logger).__name__ for logger in found], flush=True)

@@ -106,6 +106,10 @@ def wandb_project(run: Path) -> Any:
     return b"elsewhere" in file.read_bytes()
 
 
+def tensorboard_files(run: Path) -> Any:
+    return len([*run.glob("tensorboard/events.out.tfevents.*")])
+
+
 def console(run: Path) -> Any:
     return "loss" in printed(run)
 
@@ -209,6 +213,7 @@ RUNS: dict[str, tuple[list[str], list[str], Callable[[Path], Any]]] = {
     "callbacks.sample.max_new_tokens": ([], ["callbacks.sample.max_new_tokens=8"], sampled),
     "callbacks.sample.temperature": ([], ["callbacks.sample.temperature=0"], sampled),
     "logger.progress": ([], ["logger.progress=lines"], console),
+    "logger.tensorboard": ([], ["logger.tensorboard=true"], tensorboard_files),
     "logger.wandb.mode": ([], ["logger.wandb.mode=offline"], wandb_folder),
     "logger.wandb.project": (
         ["logger.wandb.mode=offline"],

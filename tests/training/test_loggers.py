@@ -3,19 +3,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmtrain.training import loggers
-from llmtrain.training.loggers import LoggerConfig, WandbConfig, WandbLogger
+from llmtrain.training.loggers import LoggerConfig, Recorder
 from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.wandb_record import CONNECT_SECONDS, WandbConfig, WandbRecord
+from tests.ranks import PATCH
+from tests.training.faults import STEP
+from tests.training.wandb_files import history, offline_files, read_records, step_numbers
 
 OFFLINE = WandbConfig(mode="offline", project="llmtrain-tests")
 
@@ -33,53 +35,12 @@ def line(step: int, **more: Any) -> dict[str, Any]:
 # wandb
 
 
-def read_records(file: Path) -> Iterator[Any]:
-    """The records of a .wandb file: a LevelDB log of 32 KiB blocks after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    data = file.read_bytes()
-    assert data[:4] == b":W&B"
-    place, record = 7, b""
-    while place + 7 <= len(data):
-        room = 32768 - place % 32768
-        if room < 7:  # a header does not cross blocks
-            place += room
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        if kind == 0:
-            break
-        record += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # full, last
-            message = wandb_internal_pb2.Record()
-            message.ParseFromString(record)
-            yield message
-            record = b""
-
-
-def offline_files(path: Path) -> list[Path]:
-    return sorted(path.glob("wandb/offline-run-*/run-*.wandb"))
-
-
-def history(file: Path) -> list[dict[str, Any]]:
-    """The logged lines of a .wandb file, wandb's own keys left out."""
-    lines = []
-    for record in read_records(file):
-        if record.WhichOneof("record_type") == "history":
-            items = {
-                (".".join(item.nested_key) or item.key): json.loads(item.value_json)
-                for item in record.history.item
-            }
-            lines.append({key: value for key, value in items.items() if not key.startswith("_")})
-    return lines
-
-
 def test_offline_wandb_has_the_same_lines_and_a_resumed_run_the_same_id(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     lines = [line(step, **{"train/loss/code": 0.1 * step, "eval/bits_per_byte": 1 / 3}) for step in (1, 2, 3)]
     config = {"seq_len": 64, "hub": {"hf_token": "canary"}}
     for part in (lines[:2], lines[2:]):
-        logger = WandbLogger(directory, OFFLINE, "a name", config)
+        logger = Recorder(WandbRecord(directory, OFFLINE, "a name", config))
         for one in part:
             logger.log(one)
         logger.close()
@@ -99,30 +60,78 @@ def test_offline_wandb_has_the_same_lines_and_a_resumed_run_the_same_id(tmp_path
     ]
 
 
-def test_offline_wandb_has_the_ledger_of_a_run_by_its_steps(ranks, tiny, tmp_path):
+def tables(run: Path, name: str) -> list[dict[str, Any]]:
+    """wandb's tables of that name, oldest first."""
+    files = sorted(run.glob(f"wandb/offline-run-*/files/media/table/{name}_*.json"), key=str)
+    return [json.loads(file.read_text()) for file in files]
+
+
+def scalars(run: Path, purged: bool) -> list[dict[str, Any]]:
+    """What TensorBoard reads, as lines in its order; `purged`: without what a later start took back."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    found = EventAccumulator(str(run / "tensorboard"), {"tensors": 0}, purge_orphaned_data=purged).Reload()
+    lines: dict[tuple[int, int], dict[str, Any]] = {}
+    for key in found.Tags()["tensors"]:
+        if found.summary_metadata[key].plugin_data.plugin_name == "scalars":
+            for event in found.Tensors(key):
+                again = 0
+                while key in lines.setdefault((event.step, again), {"step": event.step}):
+                    again += 1
+                lines[event.step, again][key] = tensor_util.make_ndarray(event.tensor_proto).item()
+    return [lines[place] for place in sorted(lines)]
+
+
+def test_wandb_and_tensorboard_have_every_line_of_a_run_that_was_stopped_killed_and_resumed(
+    ranks, tiny, tmp_path
+):
     run = tmp_path / "run"
-    ranks.run([*tiny, "logger.wandb.mode=offline", "max_steps=4", "data.packing=best_fit"], 1, tmp_path)
-    (file,) = offline_files(run)
+    common = [
+        *tiny, "logger=tensorboard", "logger.wandb.mode=offline", "checkpoint.every=3",
+        "callbacks.sample.every=3", "data.packing=best_fit", "max_steps=10",
+    ]  # fmt: skip
+    for fault, step, code in (("be_stopped", "3", 85), ("die_recorded", "6", -9)):
+        faulty = {PATCH: f"tests.training.faults:{fault}", STEP: step}
+        job = ranks.start(common, 1, tmp_path, faulty)
+        assert job.wait() == [code], job.output()
+    ranks.run(common, 1, tmp_path)
     lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    assert history(file) == lines
-    logged = [one.history for one in read_records(file) if one.WhichOneof("record_type") == "history"]
-    assert [one.step.num for one in logged] == [line["step"] for line in lines] == [1, 2, 3, 4]
-    for key in ("data/tokens", "data/padding", "data/share", "data/epochs", "train/loss"):
-        for name in ("code", "prose"):
-            assert f"{key}/{name}" in history(file)[-1]
-    assert all(line["data/epochs/code"] > 0 for line in lines), "also before the first pass is laid out"
-    last = lines[-1]
-    counted = sum(last[f"data/{key}/{name}"] for key in ("tokens", "padding") for name in ("code", "prose"))
-    assert counted == last["train/tokens"]
+    assert [one["step"] for one in lines] == [*range(1, 8), *range(7, 11)]
+
+    files = offline_files(run)
+    assert len(files) == 3
+    assert [one for file in files for one in history(file)] == lines
+    assert [number for file in files for number in step_numbers(file)] == list(range(11))
+    records = [record for file in files for record in read_records(file)]
+    assert len({r.run.run_id for r in records if r.WhichOneof("record_type") == "run"}) == 1
+    metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
+    assert {m.step_metric for m in metrics if m.glob_name == "*"} == {"train/tokens"}
+    sampled = [row for table in tables(run, "samples") for row in table["data"]]
+    assert {row[0] for row in sampled} == {3, 6, 9, 10}
+    for step, _, prompt, continuation in sampled:
+        written = (run / "samples" / f"step_{step:08d}.txt").read_text()
+        assert continuation and f"{prompt}{continuation}" in written
+    mixture = tables(run, "mixture")[-1]
+    ledger = json.loads((run / "data.json").read_text())["sources"]
+    assert {row[0]: row[2:4] for row in mixture["data"]} == {
+        name: [source["share"], source["trained"]] for name, source in ledger.items()
+    }
+
+    known = [{key: value for key, value in one.items() if value is not None} for one in lines]
+    assert sorted(scalars(run, purged=False), key=str) == sorted(known, key=str)
+    assert scalars(run, purged=True) == known[:6] + known[7:]
 
 
 OUTAGE = """
 import json, logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-from llmtrain.training.loggers import WandbConfig, WandbLogger
+from llmtrain.training.loggers import Recorder
 from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.wandb_record import WandbConfig, WandbRecord
 began = time.perf_counter()
-logger = WandbLogger(RunDirectory(sys.argv[1]), WandbConfig(mode="online", project="p"), "n", {"a": 1})
+config = WandbConfig(mode="online", project="p")
+logger = Recorder(WandbRecord(RunDirectory(sys.argv[1]), config, "n", {"a": 1}))
 slowest = 0.0
 for step in range(1, 51):
     before = time.perf_counter()
@@ -164,7 +173,7 @@ def test_an_outage_costs_no_step_and_few_seconds_at_the_end(tmp_path: Path) -> N
 
 def test_online_without_a_key_falls_back_at_once_and_asks_nobody(tmp_path: Path) -> None:
     seconds, stderr, _ = run_outage(tmp_path / "run")
-    assert seconds["close"] < loggers.CONNECT_SECONDS
+    assert seconds["close"] < CONNECT_SECONDS
     assert re.search(r"^WARNING wandb records offline .*No API key", stderr, re.MULTILINE), stderr
     (file,) = offline_files(tmp_path / "run")
     assert len(history(file)) == 50
@@ -174,7 +183,7 @@ def test_a_wandb_that_cannot_be_imported_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    logger = WandbLogger(RunDirectory(tmp_path), OFFLINE, "n", {})
+    logger = Recorder(WandbRecord(RunDirectory(tmp_path), OFFLINE, "n", {}))
     logger.log(line(1))
     logger.close()
     logger.log(line(2))
@@ -186,16 +195,11 @@ def test_a_wandb_that_cannot_be_imported_is_one_warning(
 def test_a_wandb_that_does_not_finish_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Stuck:
-        def log(self, line: dict[str, Any], step: int) -> None:
-            pass
-
-        def finish(self) -> None:
-            time.sleep(3)
-
     monkeypatch.setattr(loggers, "FINISH_SECONDS", 0.2)
-    monkeypatch.setattr(WandbLogger, "_start", lambda self: Stuck())
-    logger = WandbLogger(RunDirectory(tmp_path), OFFLINE, "n", {})
+    monkeypatch.setattr(WandbRecord, "start", lambda self: None)
+    monkeypatch.setattr(WandbRecord, "log", lambda self, line: None)
+    monkeypatch.setattr(WandbRecord, "finish", lambda self: time.sleep(3))
+    logger = Recorder(WandbRecord(RunDirectory(tmp_path), OFFLINE, "n", {}))
     logger.log(line(1))
     began = time.perf_counter()
     logger.close()

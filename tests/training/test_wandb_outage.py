@@ -22,9 +22,11 @@ BUSY = 10
 RUN = """
 import json, logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-from llmtrain.training.loggers import WandbConfig, WandbLogger
+from llmtrain.training.loggers import Recorder
+from llmtrain.training.wandb_record import WandbConfig, WandbRecord
 from llmtrain.training.run_directory import RunDirectory
-logger = WandbLogger(RunDirectory(sys.argv[1]), WandbConfig(mode="online", project="p"), "n", {"a": 1})
+config = WandbConfig(mode="online", project="p")
+logger = Recorder(WandbRecord(RunDirectory(sys.argv[1]), config, "n", {"a": 1}))
 slowest = 0.0
 for step in range(1, 41):
     before = time.perf_counter()
