@@ -13,17 +13,17 @@ MOST_SAMPLES = 12
 
 def samples_section(directory: Path) -> str:
     """The newest samples, and a few earlier ones folded away; empty where there are none."""
-    files = sorted(directory.glob("step_*.txt"), key=_step_of)
+    files = sorted(directory.glob("step_*.txt"), key=step_of)
     if not files:
         return ""
     *earlier, last = files
     few = spread(earlier, MOST_SAMPLES)
     inner = "".join(
-        f"<p class=soft>step {_step_of(file)}</p><div class=card>{_sample(file)}</div>" for file in few
+        f"<p class=soft>step {step_of(file)}</p><div class=card>{_sample(file)}</div>" for file in few
     )
     what = "Earlier samples" if few == earlier else f"{len(few)} of {len(earlier)} earlier samples"
     more = f"<details><summary>{what}</summary>{inner}</details>" if few else ""
-    return f"<h2>Samples after step {_step_of(last)}</h2><div class=card>{_sample(last)}</div>{more}"
+    return f"<h2>Samples after step {step_of(last)}</h2><div class=card>{_sample(last)}</div>{more}"
 
 
 def spread(items: Sequence[Path], most: int) -> list[Path]:
@@ -55,5 +55,5 @@ def _sample(file: Path) -> str:
     return "".join(f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>" for prompt, text in read_samples(file))
 
 
-def _step_of(file: Path) -> int:
+def step_of(file: Path) -> int:
     return int(re.sub(r"\D", "", file.stem) or 0)

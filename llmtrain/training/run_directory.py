@@ -70,6 +70,10 @@ class RunDirectory:
     def samples(self) -> Path:
         return self.path / "samples"
 
+    def samples_of(self, step: int) -> Path:
+        """The file of what the model wrote after a step."""
+        return self.samples / f"step_{step:08d}.txt"
+
     @property
     def eval(self) -> Path:
         return self.path / "eval"

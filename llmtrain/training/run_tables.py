@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrain.training.report_samples import read_samples
+from llmtrain.training.report_samples import MOST_SAMPLES, read_samples, spread, step_of
 from llmtrain.training.run_directory import RunDirectory
 
 
@@ -17,13 +17,11 @@ class Table:
     rows: list[list[Any]]
 
 
-def samples_table(directory: RunDirectory, step: int, tokens: int | None) -> Table | None:
-    """What the model wrote after a step, a row a prompt; None where it wrote nothing."""
-    file = directory.samples / f"step_{step:08d}.txt"
-    if not file.exists():
-        return None
-    rows = [[step, tokens, prompt, text] for prompt, text in read_samples(file)]
-    return Table(("step", "tokens", "prompt", "continuation"), rows)
+def samples_table(directory: RunDirectory) -> Table | None:
+    """What the model wrote, a row a prompt and step, of at most a dozen steps; None where there is none."""
+    files = spread(sorted(directory.samples.glob("step_*.txt"), key=step_of), MOST_SAMPLES)
+    rows = [[step_of(file), prompt, text] for file in files for prompt, text in read_samples(file)]
+    return Table(("step", "prompt", "continuation"), rows) if rows else None
 
 
 def mixture_table(directory: RunDirectory) -> Table | None:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtrain.config.secrets import redact
+from llmtrain.training.report_samples import read_samples
 from llmtrain.training.run_directory import RunDirectory
-from llmtrain.training.run_tables import Table, mixture_table, samples_table
+from llmtrain.training.run_tables import Table, mixture_table
 
 LAYOUT = {
     "sources": {
@@ -55,8 +56,9 @@ class TensorboardRecord:
         for key, value in line.items():
             if key != "step" and value is not None:
                 self._writer.add_scalar(key, value, self._step, new_style=True, double_precision=True)
-        if samples := samples_table(self._directory, self._step, None):
-            texts = [_block(prompt + text) for _, _, prompt, text in samples.rows]
+        file = self._directory.samples_of(self._step)
+        if file.exists():
+            texts = [_block(prompt + text) for prompt, text in read_samples(file)]
             self._writer.add_text("samples", RULE.join(texts), self._step)
         self._writer.flush()
 

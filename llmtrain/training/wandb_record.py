@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import Field
 from llmtrain.config import Config
 from llmtrain.config.secrets import redact
 from llmtrain.training.run_directory import RunDirectory, write_atomically
-from llmtrain.training.run_tables import Table, mixture_table, samples_table
+from llmtrain.training.run_tables import mixture_table, samples_table
 from llmtrain.training.words import one_line
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,10 @@ logger = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 """Time that wandb has to reach its server before the run is recorded offline."""
 
-SEND_SECONDS = 10.0
+ASIDE_SECONDS = 4.0
+"""Time that tables and files have at the end of the run."""
+
+SEND_SECONDS = 9.0
 """Time to send what is still to be sent at the end."""
 
 FLUSH_SECONDS = 1.0
@@ -60,6 +64,7 @@ class WandbRecord:
         self._run_config = redact(run_config)
         self._number = directory.count_metrics()
         self._run: Any = None
+        self._aside = threading.Thread()
 
     def start(self) -> None:
         """A running wandb run, online if asked for and possible, else offline."""
@@ -78,17 +83,15 @@ class WandbRecord:
         self._run.define_metric("*", step_metric=AXIS, step_sync=False)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        values = dict(line)
-        if samples := samples_table(self._directory, line["step"], line.get(AXIS)):
-            values["samples"] = _table(samples)
-        self._run.log(values, step=self._number, commit=True)  # else it is held until the next one
+        self._run.log(line, step=self._number, commit=True)  # else it is held until the next one
         self._number += 1
+        if not self._aside.is_alive() and self._directory.samples_of(line["step"]).exists():
+            self._start_aside(self._send_tables)
 
     def finish(self) -> None:
-        if mixture := mixture_table(self._directory):
-            self._run.summary["mixture"] = _table(mixture)
-        if not self._run.offline:
-            self._send_files()
+        self._aside.join(ASIDE_SECONDS / 2)
+        self._start_aside(self._send_all)
+        self._aside.join(ASIDE_SECONDS / 2)
         self._run.finish()
 
     def leave(self) -> None:
@@ -100,16 +103,39 @@ class WandbRecord:
     def _place(self) -> Path:
         return self._directory.path.resolve() / "wandb"
 
+    # Of tables and artifacts wandb asks its server before it records them, and waits long for an answer.
+
+    def _start_aside(self, send: Callable[[], None]) -> None:
+        self._aside = threading.Thread(target=self._try, args=[send], name="wandb-aside", daemon=True)
+        self._aside.start()
+
+    def _try(self, send: Callable[[], None]) -> None:
+        try:
+            send()
+        except Exception as error:  # the lines go on
+            logger.warning("wandb lacks tables or report.html, the run has them: %s", one_line(error))
+
+    def _send_all(self) -> None:
+        self._send_tables()
+        if not self._run.offline:
+            self._send_files()
+
+    def _send_tables(self) -> None:
+        import wandb
+
+        found = {"samples": samples_table(self._directory), "mixture": mixture_table(self._directory)}
+        for name, table in found.items():
+            if table is not None:
+                self._run.summary[name] = wandb.Table(columns=list(table.columns), data=table.rows)
+
     def _send_files(self) -> None:
         """report.html and the events as an artifact, a version each time that the run ends."""
         import wandb
 
-        files = [file for file in (self._directory.report, self._directory.events) if file.exists()]
-        if not files:
-            return
         artifact = wandb.Artifact(f"report-{self._run.id}", type="report")
-        for file in files:
-            artifact.add_file(str(file))
+        for file in (self._directory.report, self._directory.events):
+            if file.exists():
+                artifact.add_file(str(file))
         self._run.log_artifact(artifact)
 
     def _online(self) -> Any:
@@ -157,9 +183,3 @@ class WandbRecord:
         if not file.exists():
             write_atomically(file, secrets.token_hex(4) + "\n")
         return file.read_text(encoding="ascii").strip()
-
-
-def _table(table: Table) -> Any:
-    import wandb
-
-    return wandb.Table(columns=list(table.columns), data=table.rows)

@@ -60,10 +60,15 @@ def test_offline_wandb_has_the_same_lines_and_a_resumed_run_the_same_id(tmp_path
     ]
 
 
-def tables(run: Path, name: str) -> list[dict[str, Any]]:
-    """wandb's tables of that name, oldest first."""
-    files = sorted(run.glob(f"wandb/offline-run-*/files/media/table/{name}_*.json"), key=str)
-    return [json.loads(file.read_text()) for file in files]
+def tables(file: Path) -> dict[str, list[list[Any]]]:
+    """The rows of the tables that the summary of a .wandb file names last."""
+    found = {}
+    for record in read_records(file):
+        for item in record.summary.update if record.WhichOneof("record_type") == "summary" else ():
+            if item.key in ("samples", "mixture"):
+                place = file.parent / "files" / json.loads(item.value_json)["path"]
+                found[item.key] = json.loads(place.read_text())["data"]
+    return found
 
 
 def scalars(run: Path, purged: bool) -> list[dict[str, Any]]:
@@ -107,14 +112,13 @@ def test_wandb_and_tensorboard_have_every_line_of_a_run_that_was_stopped_killed_
     assert len({r.run.run_id for r in records if r.WhichOneof("record_type") == "run"}) == 1
     metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
     assert {m.step_metric for m in metrics if m.glob_name == "*"} == {"train/tokens"}
-    sampled = [row for table in tables(run, "samples") for row in table["data"]]
-    assert {row[0] for row in sampled} == {3, 6, 9, 10}
-    for step, _, prompt, continuation in sampled:
+    shown = tables(files[-1])
+    assert {step for step, _, _ in shown["samples"]} == {3, 6, 9, 10}
+    for step, prompt, continuation in shown["samples"]:
         written = (run / "samples" / f"step_{step:08d}.txt").read_text()
         assert continuation and f"{prompt}{continuation}" in written
-    mixture = tables(run, "mixture")[-1]
     ledger = json.loads((run / "data.json").read_text())["sources"]
-    assert {row[0]: row[2:4] for row in mixture["data"]} == {
+    assert {row[0]: row[2:4] for row in shown["mixture"]} == {
         name: [source["share"], source["trained"]] for name, source in ledger.items()
     }
 

@@ -75,6 +75,45 @@ def test_lines_arrive_at_a_server_that_lives(server: WandbServer, tmp_path: Path
     assert "WARNING" not in printed
 
 
+PARTS = """
+import sys
+from llmtrain.training.loggers import Recorder
+from llmtrain.training.run_directory import RunDirectory
+from llmtrain.training.wandb_record import WandbConfig, WandbRecord
+directory = RunDirectory(sys.argv[1])
+directory.samples.mkdir(parents=True)
+directory.samples_of(2).write_text("--- prompt 1: 'a'\\nabc\\n")
+directory.report.write_text("<p>")
+source = {"weight": 1, "share": 1.0, "trained": 5, "epochs": 0.5, "loss": 2.0}
+directory.write_json("data.json", {"sources": {"code": source}})
+for steps in ((1, 2, 3), (2, 3, 4)):
+    logger = Recorder(WandbRecord(directory, WandbConfig(mode="online", project="p"), "n", {}))
+    for step in steps:
+        line = {"step": step, "train/loss": 1 / step, "train/tokens": 64 * step}
+        directory.append_metrics(line)
+        logger.log(line)
+    logger.close()
+"""
+
+
+def test_a_resumed_run_is_one_run_with_every_line_tables_and_the_report(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PARTS, str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=120, env=environment(server, tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [{key: line[key] for key in lines[0]} for line in server.lines] == lines
+    assert [line["_step"] for line in server.lines] == [0, 1, 2, 3, 4, 5]
+    (name,) = server.runs
+    sent = [(one["artifactTypeName"], one["artifactCollectionName"]) for one in server.artifacts]
+    tables = {("run_table", f"run-{name}-{table}") for table in ("samples", "mixture")}
+    assert set(sent) == tables | {("report", f"report-{name}")}
+    assert sent.count(("report", f"report-{name}")) == 2
+
+
 @pytest.mark.parametrize("outage", [pytest.param("die", marks=pytest.mark.slow), "fall_silent"])
 def test_an_outage_in_the_middle(server: WandbServer, tmp_path: Path, outage: str) -> None:
     process = run(server, tmp_path, 0.25)

@@ -38,7 +38,7 @@ def offline_files(path: Path) -> list[Path]:
 
 
 def history(file: Path) -> list[dict[str, Any]]:
-    """The logged lines of a .wandb file, wandb's own keys and those of tables left out."""
+    """The logged lines of a .wandb file, wandb's own keys left out."""
     lines = []
     for record in read_records(file):
         if record.WhichOneof("record_type") == "history":
@@ -46,8 +46,7 @@ def history(file: Path) -> list[dict[str, Any]]:
                 (".".join(item.nested_key) or item.key): json.loads(item.value_json)
                 for item in record.history.item
             }
-            theirs = ("_", "samples.")
-            lines.append({key: value for key, value in items.items() if not key.startswith(theirs)})
+            lines.append({key: value for key, value in items.items() if not key.startswith("_")})
     return lines
 
 

@@ -17,6 +17,9 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.artifacts: list[dict[str, Any]] = []
+        """What was said of each artifact."""
+        self.runs: set[str] = set()
         self.began = threading.Event()
         """A run is known here."""
         self._silent, self._dead = threading.Event(), threading.Event()
@@ -61,12 +64,29 @@ class WandbServer:
         query, variables = asked.get("query", ""), asked.get("variables") or {}
         if "upsertBucket" in query:
             self.began.set()
+            self.runs.add(variables.get("name"))
             project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
             bucket = {"id": "x", "name": variables.get("name"), "displayName": "n", "config": "{}"}
             return {"data": {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": True}}}
         if "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/f/{name}"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}}
+        if "RunResumeStatus" in query and self.lines:
+            tail = json.dumps([json.dumps(self.lines[-1])])
+            bucket = {
+                "id": "x", "name": variables["name"], "displayName": "n", "config": "{}", "tags": [],
+                "summaryMetrics": "{}", "logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]",
+                "historyLineCount": len(self.lines), "historyTail": tail, "wandbConfig": '{"t": 1}',
+            }  # fmt: skip
+            entity = {"id": "e", "name": "e"}
+            return {"data": {"model": {"id": "p", "name": "p", "entity": entity, "bucket": bucket}}}
+        if "ArtifactType" in query:
+            return {"data": {"project": {"artifact": None}}}
+        if "createArtifact(" in query:
+            self.artifacts.append(variables["input"])
+            sequence = {"id": "s", "latestArtifact": None}
+            artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}
+            return {"data": {"createArtifact": {"artifact": artifact}}}
         return {"data": {"viewer": {"id": "u", "entity": "e", "username": "u", "flags": "{}"}}}
 
     def fall_silent(self) -> None:

@@ -52,7 +52,7 @@ class SampleCallback(Callback):
         text = self._sample(run, step)
         if run.world.is_main:
             with disk_may_refuse():
-                write_atomically(run.directory.samples / f"step_{step:08d}.txt", text)
+                write_atomically(run.directory.samples_of(step), text)
             if run.finished:
                 logger.info("samples after step %d:\n%s", step, printable(text.rstrip()))
 
