@@ -89,7 +89,8 @@ class WandbRecord:
             self._start_aside(self._send_tables)
 
     def finish(self) -> None:
-        self._aside.join(ASIDE_SECONDS / 2)
+        if self._aside.is_alive():
+            self._aside.join(ASIDE_SECONDS / 2)
         self._start_aside(self._send_all)
         self._aside.join(ASIDE_SECONDS / 2)
         self._run.finish()
