@@ -230,7 +230,8 @@ def build_run(
     dataset = build_dataset(config, train_sources, rewinds)
     precision = precision_here(config)
     heart.beat("verify")
-    chosen = choose(config.resume, directory.checkpoints, world, tick=lambda: heart.beat("verify"))
+    with distributed.patience():
+        chosen = choose(config.resume, directory.checkpoints, world, tick=lambda: heart.beat("verify"))
     checkpoint = chosen.path if chosen else None
     if chosen is not None:
         saved = chosen.record

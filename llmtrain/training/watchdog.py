@@ -48,6 +48,9 @@ TICKS, SLOWEST_TICK = 10, 5.0
 ANSWER_SHARE, ANSWER_SECONDS = 0.1, 3.0
 """Of `hang_timeout`, and more: how long ranks may take to answer (NFS shows a file half a minute late)."""
 
+SHARED = ("prepare", "verify", "save")
+"""Phases in which ranks have unlike parts of a work, maybe none, and wait for those of others."""
+
 COLLECTIVE = re.compile(r"gloo|nccl|processgroup|connection (closed|reset|refused)", re.IGNORECASE)
 COMMUNICATION = re.compile(r"/(torch/distributed|deepspeed/comm)/")
 """Files whose functions talk to other ranks."""
@@ -113,7 +116,7 @@ class Watchdog:
         self._complained, self._stumbled = False, False
         self._others: list[float] = []
         self._moved = 0.0
-        """When one of the others moved last for whose text this rank waits, on the monotonic clock."""
+        """When one of the others moved last for which this rank waits, on the monotonic clock."""
         self._waited = False
         """Whether this rank waited for others until a library lost its patience."""
         self._thread = threading.Thread(target=self._watch, name="llmtrain-watchdog", daemon=True)
@@ -193,7 +196,7 @@ class Watchdog:
             self._end()
 
     def _late(self) -> float:
-        """Seconds in which this rank has not moved; if it waits for the text of others, none of them either.
+        """Seconds in which this rank has not moved; if it waits for what others do, none of them either.
 
         How the others move is read from their heartbeats, late and rarely: there may be a thousand of them.
         Who stands still finds that out first: the others give it half of `hang_timeout` more.
@@ -203,7 +206,7 @@ class Watchdog:
         if (
             not self._timeout
             or late < self._timeout / 2
-            or last.phase != "prepare"
+            or last.phase not in SHARED
             or not _is_in_collective()
         ):
             return late

@@ -180,6 +180,25 @@ def make_slowly() -> None:
     Crew._hand_out = wait_first
 
 
+def verify_slowly() -> None:
+    """Rank 1 reads its part of a checkpoint for SLOW seconds; gloo would wait 15."""
+    from llmtrain.training import watchdog
+    from llmtrain.training.checkpoint import choosing
+
+    watchdog.longest_wait = lambda hang_timeout: 15.0
+    damages = choosing.damages
+
+    def slowly(*arguments: Any, tick: Callable[[], None]) -> Any:
+        end = time.monotonic() + SLOW
+        while time.monotonic() < end:
+            tick()
+            time.sleep(0.2)
+        return damages(*arguments, tick=tick)
+
+    if os.environ["RANK"] == "1":
+        choosing.damages = slowly
+
+
 SLOW = 24.0
 
 
