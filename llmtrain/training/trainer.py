@@ -20,6 +20,7 @@ from llmtrain.data.dataset import Batches
 from llmtrain.training.build import Run
 from llmtrain.training.callbacks import Callback
 from llmtrain.training.checkpoint import abandon, checkpoints, sweep
+from llmtrain.training.crashes import AnotherRankError
 from llmtrain.training.engine.transfer import PendingStep
 from llmtrain.training.metrics import step_metrics
 from llmtrain.training.saves import load, report, save
@@ -201,7 +202,9 @@ def _await(run: Run, loads: Sequence[Future[Any]]) -> bool:
         if error is not None:
             raise error
         if failed:
-            raise UserError(f"another rank cannot read its text of step {run.step + 1}: see what it says")
+            raise AnotherRankError(
+                f"another rank cannot read its text of step {run.step + 1}: see what it says"
+            )
         if not waiting:
             run.waits = growing
             if waited:

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 from llmtrain import distributed
 from llmtrain.config import ExitCode, UserError
 from llmtrain.distributed import World
-from llmtrain.training.crashes import Crashes
+from llmtrain.training.crashes import TOLD, AnotherRankError, Crashes
 from llmtrain.training.goodput import Account, account_before
 from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.heartbeat import Heart
@@ -87,10 +87,10 @@ def watched(
         watchdog.end_if_hung(error)
         if isinstance(error, UserError) and error.exit_code in (ExitCode.PREEMPTED, ExitCode.REWIND):
             raise
-        secondary = _is_collective(error)
+        secondary = isinstance(error, AnotherRankError) or _is_collective(error)
         crashes = Crashes(directory, world, job)
         crashes.keep(error, heart.last, secondary=secondary, begun=watchdog.has_begun)
-        if not secondary:
+        if isinstance(error, UserError) or not secondary:
             raise
         raise UserError(f"another rank failed: {crashes.first(error)}", exit_code=1) from error
     finally:
@@ -132,15 +132,16 @@ class Watchdog:
         self._thread.start()
 
     def begin(self) -> None:
-        """The run begins on every rank; rank 0 removes the heartbeats of ranks that there are no more."""
+        """The run begins on every rank; rank 0 removes what earlier jobs left there."""
         distributed.barrier()
         with self._writing:
             self._leave_start()
             self._beats = self._directory.heartbeats
         self._safely(self._write)
         if self._world.is_main:
-            for file in self._beats.glob("rank_*.json"):
-                if int(file.stem.removeprefix("rank_")) >= self._world.world_size:
+            ours = {_name(rank) for rank in self._ranks}
+            for file in [*self._beats.glob("rank_*.json"), *self._beats.glob(f"{TOLD}*")]:
+                if file.name not in ours:
                     file.unlink(missing_ok=True)
         distributed.barrier()
 
