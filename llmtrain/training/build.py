@@ -141,12 +141,13 @@ def check_start(config: TrainConfig, world: World) -> None:
         check_fp8(config.fp8)
     if config.model.attention.backend != "auto":
         config.model.kernel(attention_use(config, precision_here(config)))
-    checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
+    directory = RunDirectory(config.output_dir)
+    checkpoint = find_checkpoint(config.resume, directory.checkpoints)
     if checkpoint is None:
         check_files(config)
     else:
         saved = read_record(checkpoint)
-        if config.resume != "auto" and saved["step"] >= config.max_steps:
+        if not directory.owns(checkpoint) and saved["step"] >= config.max_steps:
             raise UserError(
                 f"max_steps={config.max_steps}: {checkpoint} is at step {saved['step']}; raise max_steps"
             )

@@ -137,6 +137,10 @@ class RunDirectory:
             number += 1
         return place
 
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run."""
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
     # Writing.
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
