@@ -94,9 +94,13 @@ def is_launcher(command: list[str]) -> bool:
 
 
 def tell_supervisor(run: Path, grace_seconds: float, done: bool = False) -> None:
-    """Tell launch/supervise.py, if it started us, which run this is, and whether it is done."""
+    """Tell launch/supervise.py, if it started us, which run this is, and whether it is done.
+
+    Under srun it is on the first node, and ranks on others have nobody to tell.
+    """
     if file := os.environ.get(SUPERVISOR):
-        aside = Path(f"{file}.new")
+        aside = Path(f"{file}.new-{os.getpid()}")
         facts = {"run": str(run.resolve()), "grace_seconds": grace_seconds, "done": done}
-        aside.write_text(json.dumps(facts))
-        aside.replace(file)
+        with suppress(FileNotFoundError):
+            aside.write_text(json.dumps(facts))
+            aside.replace(file)

@@ -23,6 +23,7 @@ from llmtrain.training.checkpoint import abandon, checkpoints, sweep
 from llmtrain.training.crashes import AnotherRankError
 from llmtrain.training.engine.transfer import PendingStep
 from llmtrain.training.metrics import step_metrics
+from llmtrain.training.requeue import scheduled_job
 from llmtrain.training.saves import load, report, save
 from llmtrain.training.spikes import Verdict
 from llmtrain.training.suspects import rewind, tell
@@ -285,6 +286,7 @@ def begin(run: Run) -> None:
         micro_batch_size=run.config.micro_batch_size,
         gradient_accumulation_steps=run.engine.accumulation,
         **({"changes": {change.key: change.as_dict() for change in run.changed}} if run.changed else {}),
+        **({"job": job} if (job := scheduled_job()) else {}),
         seconds=run.goodput.start,
     )
 
