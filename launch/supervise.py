@@ -290,7 +290,7 @@ def _follow(job: Job, received: list[signal.Signals]) -> int:
             if lost_ranks:
                 say("the launcher is gone: stopping the ranks that it left")
                 sent[signal.SIGTERM], asked = set(), min(asked, ended)
-        for number in [number for number in received if number not in sent]:
+        for number in [number for number in dict.fromkeys(received) if number not in sent]:
             say(f"{number.name}: stopping (Ctrl-C again to kill)")
             sent[number], asked = set(), min(asked, time.monotonic())
         for number, pids in sent.items():

@@ -17,7 +17,7 @@ from llmtrain.training.config import TrainConfig
 from tests.training.test_keys import keys
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {page: (DOCS / f"{page}.md").read_text() for page in ("data", "model", "reliability")}
+PAGES = {page: (DOCS / f"{page}.md").read_text() for page in ("data", "model", "reliability", "slurm")}
 YAML = re.findall(r"```yaml\n(.*?)```", PAGES["data"], re.S)
 
 
@@ -66,6 +66,20 @@ def test_every_command_about_reliability_answers(ranks, tiny, tmp_path, monkeypa
             ranks.run([*tiny, "max_steps=2", "output_dir=runs/${name}", *words], 1, tmp_path)
         elif program == "llmtrain":
             assert llmtrain([name, *words]) == 0, command
+
+
+def test_every_command_about_slurm_composes_and_the_job_names_its_run(monkeypatch):
+    """tests/launch/test_slurm.py hands them to sbatch."""
+    monkeypatch.setenv("SLURM_JOB_NAME", "job")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    names = []
+    for _, *words in map(shlex.split, commands("slurm")):
+        overrides = [word for word in words if "=" in word and not word.startswith("--")]
+        config = compose(TrainConfig, overrides)
+        if "hardware=slurm" in overrides:
+            names.append(config.name)
+            assert config.hardware.gpus_per_node == 4
+    assert names == ["mine", "job"]
 
 
 def test_the_yaml_composes(tmp_path):
