@@ -118,10 +118,13 @@ class Job:
 
     def is_alive(self) -> bool:
         """Whether the command or something that it started still runs; takes up to POLL_SECONDS to see."""
+        had_ended = self.process.returncode is not None
         try:
             self.process.wait(POLL_SECONDS)
         except subprocess.TimeoutExpired:
             return True
+        if had_ended:
+            time.sleep(POLL_SECONDS)  # for what it left
         return bool(self.members())
 
     def members(self) -> list[psutil.Process]:
