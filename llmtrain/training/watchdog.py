@@ -75,11 +75,11 @@ def watched(
     that the run begins and may write.
     """
     if world.is_main:
+        if goes_on:
+            heart.goodput.go_on(spent_before(directory), heart.started)
         shutil.rmtree(directory.starting, ignore_errors=True)  # of a job that was killed
     job = distributed.broadcast_object(uuid.uuid4().hex)
     watchdog = Watchdog(directory, world, heart, hang_timeout, job)
-    if world.is_main and goes_on:
-        heart.goodput.go_on(watchdog.account_before(), heart.started)
     watchdog.start()
     try:
         yield watchdog.begin
@@ -95,6 +95,12 @@ def watched(
         raise UserError(f"another rank failed: {crashes.first(error)}", exit_code=1) from error
     finally:
         watchdog.stop()
+
+
+def spent_before(directory: RunDirectory) -> Account | None:
+    """What earlier processes spent, one that was killed as it started too; None where there were none."""
+    heartbeat = _read(directory.starting / _name(0)) or _read(directory.heartbeats / _name(0)) or {}
+    return account_before(directory.read_metrics(), directory.read_events(), heartbeat)
 
 
 class Watchdog:
@@ -169,12 +175,6 @@ class Watchdog:
         if self._hung.is_set() or (self._timeout and self._marker() is not None):
             self._hung.set()
             self._thread.join()
-
-    def account_before(self) -> Account | None:
-        """What earlier processes spent, before this one writes a heartbeat; None where there were none."""
-        directory = self._directory
-        heartbeat = _read(directory.heartbeats / _name(self._world.rank)) or {}
-        return account_before(directory.read_metrics(), directory.read_events(), heartbeat)
 
     # The heartbeat
 
