@@ -144,6 +144,15 @@ def refuse_export() -> None:
     trial.export = refused
 
 
+def refuse_profile() -> None:
+    """The disk has no room for a trace."""
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    torch.profiler.profile.export_chrome_trace = refused  # type: ignore[method-assign]
+
+
 def fill_the_disk() -> None:
     """Rank 1 may write no file as large as its part of a checkpoint any more."""
     _at_beat(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
