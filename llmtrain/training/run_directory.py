@@ -24,8 +24,8 @@ from llmtrain.training.run_lock import RunLock, time_now
 logger = logging.getLogger(__name__)
 
 HEARTBEATS, STARTING, CRASHES = "heartbeats", ".starting", "crashes"
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a disk says that is full, or failing."""
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+"""What a disk says that is full, failing, or mounted read-only for that; or a server's that is away."""
 
 
 class RunDirectory:
