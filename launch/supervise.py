@@ -57,7 +57,7 @@ class Told:
         return self.folder / "run.json"
 
     def read(self) -> dict[str, Any]:
-        """{run, grace_seconds, done}; empty before a rank has read its config."""
+        """{run, grace_seconds, done}, run None for a check; empty before a rank has read its config."""
         try:
             return json.loads(self.file.read_text())
         except FileNotFoundError:
@@ -70,9 +70,9 @@ class Told:
 
     @property
     def done(self) -> bool:
-        """Whether the ranks say that the run is done, and its marker stands."""
+        """Whether the ranks say that they are done, and a run's marker stands."""
         told = self.read()
-        return bool(told.get("done")) and (Path(told["run"]) / "DONE").exists()
+        return bool(told.get("done")) and (told["run"] is None or Path(told["run"], "DONE").exists())
 
     @property
     def preempted(self) -> bool:

@@ -253,6 +253,13 @@ def test_success_needs_the_marker_and_the_word_of_the_ranks(start, stand_in):
     assert (job.returncode, errors) == (0, "")
 
 
+def test_a_check_has_no_run_to_mark_as_done(start, tiny, tmp_path):
+    check = (sys.executable, "-m", "llmtrain.check", *tiny, f"output_dir={tmp_path}/run")
+    job = start(sys.executable, SUPERVISE, *check, PYTHONPATH=str(LAUNCH.parent), DS_ACCELERATOR="cpu")
+    printed, errors = job.communicate(timeout=240)
+    assert job.returncode == 0, printed + errors
+
+
 @pytest.mark.parametrize(
     ("rewinds", "progress", "code", "starts"), [(2, 0, 0, 3), (9, 7, 0, 10), (99, 1, 89, 7)]
 )
