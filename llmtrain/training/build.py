@@ -226,6 +226,7 @@ def build_run(
     heart.beat("build")
     tokenizer, step, changed = prepared.tokenizer, 0, list[Change]()
     judged: Sequence[Sequence[float]] = ()
+    skipped = 0
     train_sources, held_out = open_alike(prepared)
     rewinds = rewinds_of(config, world, directory)
     dataset = build_dataset(config, train_sources, rewinds)
@@ -240,7 +241,7 @@ def build_run(
         check_changes(chosen.path, changed, config.resume_changes)
         tell_changes(chosen.path, changed)
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
-        judged = saved.get("spikes", ())
+        judged, skipped = saved.get("spikes", ()), saved.get("left_out", 0)
     size = checkpoint_bytes(Model.of(config, tokenizer.vocab_size))
     check_space(directory.checkpoints, size, config.checkpoint)
     heart.beat("build")
@@ -277,6 +278,7 @@ def build_run(
         heart=heart,
         corruption=CorruptionCheck(config.corruption_check),
         spikes=SpikeDetector(config.spikes, judged),
+        skipped=skipped,
         rewinds=rewinds,
         began=step,
         step=step,
