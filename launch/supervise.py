@@ -57,7 +57,7 @@ class Told:
         return self.folder / "run.json"
 
     def read(self) -> dict[str, Any]:
-        """{run, grace_seconds, done}; empty before a rank has read its config."""
+        """{run, grace_seconds, done}, run None for a check; empty before a rank has read its config."""
         try:
             return json.loads(self.file.read_text())
         except FileNotFoundError:
@@ -70,9 +70,9 @@ class Told:
 
     @property
     def done(self) -> bool:
-        """Whether the ranks say that the run is done, and its marker stands."""
+        """Whether the ranks say that they are done, and a run's marker stands."""
         told = self.read()
-        return bool(told.get("done")) and (Path(told["run"]) / "DONE").exists()
+        return bool(told.get("done")) and (told["run"] is None or Path(told["run"], "DONE").exists())
 
     @property
     def preempted(self) -> bool:
@@ -119,10 +119,13 @@ class Job:
 
     def is_alive(self) -> bool:
         """Whether the command or something that it started still runs; takes up to POLL_SECONDS to see."""
+        had_ended = self.process.returncode is not None
         try:
             self.process.wait(POLL_SECONDS)
         except subprocess.TimeoutExpired:
             return True
+        if had_ended:
+            time.sleep(POLL_SECONDS)  # for what it left
         return bool(self.members())
 
     def members(self) -> list[psutil.Process]:
@@ -292,7 +295,7 @@ def _follow(job: Job, received: list[signal.Signals]) -> int:
             if lost_ranks:
                 say("the launcher is gone: stopping the ranks that it left")
                 sent[signal.SIGTERM], asked = set(), min(asked, ended)
-        for number in [number for number in received if number not in sent]:
+        for number in [number for number in dict.fromkeys(received) if number not in sent]:
             say(f"{number.name}: stopping (Ctrl-C again to kill)")
             sent[number], asked = set(), min(asked, time.monotonic())
         for number, pids in sent.items():

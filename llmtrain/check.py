@@ -18,6 +18,7 @@ def check(config: TrainConfig) -> None:
     The run directory is left as it is; text that was prepared stays in the cache, where the run finds it.
     """
     from llmtrain import distributed
+    from llmtrain.training.launcher import tell_supervisor
     from llmtrain.training.preflight import (
         Report,
         check_disk,
@@ -52,6 +53,8 @@ def check(config: TrainConfig) -> None:
     distributed.initialize(world)
     trial(config, world, tokenizer, plan, report)
     distributed.finalize()
+    if world.local_rank == 0:
+        tell_supervisor(None, done=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -81,8 +81,8 @@ def _directory(run: Path) -> Path:
 
 
 def _at_least_two(text: str) -> int:
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError("must be 2 or more")
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number, 2 or more")
     return int(text)
 
 

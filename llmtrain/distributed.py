@@ -11,7 +11,7 @@ import re
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -129,21 +129,41 @@ def _tasks_per_node(text: str) -> list[int]:
 def _meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, str]:
     """Address and port where rank 0 listens; only a world of 1 may choose its port, others must agree."""
     if world.world_size == 1:
-        port = environment.get("MASTER_PORT") or str(free_port())
-        return environment.get("MASTER_ADDR", "127.0.0.1"), port
-    address = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR")
+        return environment.get("MASTER_ADDR", "127.0.0.1"), environment.get("MASTER_PORT") or str(free_port())
+    address = environment.get("MASTER_ADDR") or _first_node(environment)
     if address is None and world.local_world_size == world.world_size:
         address = "127.0.0.1"
+    port = environment.get("MASTER_PORT") or _port_of_step(environment)
     for name, value, example in (
         ("MASTER_ADDR", address, "the host name of rank 0"),
-        ("MASTER_PORT", environment.get("MASTER_PORT"), "29500"),
+        ("MASTER_PORT", port, "29500"),
     ):
         if not value:
             raise UserError(
                 f"{name} is not set, and {world.world_size} ranks must agree on it: export it in the script "
                 f"that starts them (in an sbatch script, before srun: `export {name}=...`, {example})"
             )
-    return str(address), environment["MASTER_PORT"]
+    return str(address), str(port)
+
+
+def _first_node(environment: Mapping[str, str]) -> str | None:
+    """Where task 0 of an srun runs, or else, where that name is not known, srun itself."""
+    nodes = re.sub(r"\[(\d+)[^]]*\]", r"\1", environment.get("SLURM_STEP_NODELIST", ""))  # node[03-07,9],big1
+    first = nodes.partition(",")[0]
+    with suppress(OSError):
+        if first and socket.getaddrinfo(first, None):
+            return first
+    return environment.get("SLURM_LAUNCH_NODE_IPADDR")
+
+
+def _port_of_step(environment: Mapping[str, str]) -> str | None:
+    """A port below the ephemeral ones, the same for all tasks of an srun and another for the next one."""
+    if "SLURM_JOB_ID" not in environment or not _is_srun_task(environment):
+        return None
+    job, step, restarts = (
+        _number(environment, f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")
+    )
+    return str(10000 + (263 * job + 16 * restarts + step) % 20000)
 
 
 def free_port() -> int:

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 def train(config: TrainConfig) -> int:
     """Stop in an orderly way when asked to; tell the launch script of the run."""
     from llmtrain import distributed
+    from llmtrain.training.requeue import same_job_goes_on
     from llmtrain.training.signals import StopRequest
 
+    config = same_job_goes_on(config)
     world = distributed.World.from_environment()
     leaving = partial(tell_nothing_is_lost_yet, world.local_world_size)
     stop = StopRequest(config.grace_seconds, config.time_limit, leaving)

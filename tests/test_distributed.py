@@ -126,6 +126,35 @@ def test_an_address_that_was_given_stays() -> None:
     assert environment["MASTER_ADDR"] == "head"
 
 
+def srun(**variables: str) -> dict[str, str]:
+    """What a task of an srun that began on another machine sees, after World.export."""
+    step = {
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_LAUNCH_NODE_IPADDR": "login",
+    }
+    environment = {**step, **variables}
+    World(1, 2, 0, 1).export(environment)
+    return environment
+
+
+@pytest.mark.parametrize(
+    ("nodes", "address"),
+    [("localhost,b[1-2]", "localhost"), ("127.0.0.[1-3,7],b", "127.0.0.1"), ("no.such[03-04]", "login")],
+)
+def test_the_tasks_of_an_srun_meet_on_its_first_node_if_that_has_a_name(nodes: str, address: str) -> None:
+    assert srun(SLURM_STEP_NODELIST=nodes)["MASTER_ADDR"] == address
+
+
+def test_each_srun_has_a_port_of_its_own() -> None:
+    other = ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "4712"}, {"SLURM_RESTART_COUNT": "1"})
+    ports = [int(srun(**variables)["MASTER_PORT"]) for variables in other]
+    assert len(set(ports)) == 4 and all(10000 <= port < 30000 for port in ports)
+    assert srun()["MASTER_PORT"] == srun(SLURM_PROCID="0")["MASTER_PORT"]
+    assert srun(MASTER_PORT="29501")["MASTER_PORT"] == "29501"
+
+
 def test_several_ranks_must_be_told_where_to_meet() -> None:
     with pytest.raises(UserError, match=r"MASTER_PORT is not set.*in an sbatch script, before srun"):
         World(0, 4, 0, 2).export({"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"})

@@ -201,6 +201,20 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_every_command_about_slurm_composes_and_the_job_names_its_run(monkeypatch):
+    """tests/launch/test_slurm.py hands them to sbatch."""
+    monkeypatch.setenv("SLURM_JOB_NAME", "job")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    names = []
+    for _, *words in map(shlex.split, commands("slurm")):
+        overrides = [word for word in words if "=" in word and not word.startswith("--")]
+        config = compose(TrainConfig, overrides)
+        if "hardware=slurm" in overrides:
+            names.append(config.name)
+            assert config.hardware.gpus_per_node == 4
+    assert names == ["mine", "job"]
+
+
 def test_the_yaml_composes(tmp_path):
     sources, stages = YAML
     (tmp_path / "data").mkdir()

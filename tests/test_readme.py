@@ -23,7 +23,7 @@ COMMANDS = [
 STARTS = [
     command
     for command in COMMANDS
-    if re.search(r"launch/(quickstart|local)|llmtrain\.train|llmtrain check", command)
+    if re.search(r"launch/(quickstart|local|slurm)|llmtrain\.train|llmtrain check", command)
 ]
 DOORS = [command for command in COMMANDS if command.startswith("llmtrain ") and command not in STARTS]
 

@@ -43,7 +43,7 @@ SECRET_SHAPE = re.compile(
 # A password inside a URL, which may hold an @ itself; what signs a URL; `name=value`, `"name": "value"` and
 # HTTP's header. The name (`kept`) stays.
 _SECRET_IN_TEXT = re.compile(
-    r"(?<=://)[^/\s:@]*:[^/\s]+(?=@)"
+    rf"(?<=://)(?:{LEFT_OUT}|[^/\s:@]*):[^/\s]+(?=@)"
     r"|(?P<kept>(?i:[?&;](?:[\w.-]*[_.-])?(?:sig|signature|token|secret|passw(?:or)?d|credentials?|api_?key)="
     r"|[?&;](?:key|(?:access|auth|private|secret|account)[_-]key)=))[^&;#\s\"'<]+"
     r"|(?P<header>(?i:\bauthorization\s*[:=]\s*(?:\w+\s+)?|\bbearer\s+(?=\S*\d)))[^\s\"'<]{8,}"

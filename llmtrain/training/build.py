@@ -150,12 +150,13 @@ def check_start(config: TrainConfig, world: World) -> None:
         check_fp8(config.fp8)
     if config.model.attention.asked != "auto":
         config.model.kernel(attention_use(config, precision_here(config)))
-    checkpoint = find_checkpoint(config.resume, RunDirectory(config.output_dir).checkpoints)
+    directory = RunDirectory(config.output_dir)
+    checkpoint = find_checkpoint(config.resume, directory.checkpoints)
     if checkpoint is None:
         check_files(config)
     else:
         saved = read_record(checkpoint)
-        if config.resume != "auto" and saved["step"] >= config.max_steps:
+        if not directory.owns(checkpoint) and saved["step"] >= config.max_steps:
             raise UserError(
                 f"max_steps={config.max_steps}: {checkpoint} is at step {saved['step']}; raise max_steps"
             )
@@ -255,13 +256,15 @@ def build_run(
     heart.beat("build")
     tokenizer, step, changed = prepared.tokenizer, 0, list[Change]()
     judged: Sequence[Sequence[float]] = ()
+    skipped = 0
     early_stop = early_stop_of(config, None)
     train_sources, held_out = open_alike(prepared)
     rewinds = rewinds_of(config, world, directory)
     dataset = build_dataset(config, train_sources, rewinds)
     precision = precision_here(config)
     heart.beat("verify")
-    chosen = choose(config.resume, directory.checkpoints, world, tick=lambda: heart.beat("verify"))
+    with distributed.patience():
+        chosen = choose(config.resume, directory.checkpoints, world, tick=lambda: heart.beat("verify"))
     checkpoint = chosen.path if chosen else None
     if chosen is not None:
         saved = chosen.record
@@ -269,7 +272,7 @@ def build_run(
         check_changes(chosen.path, changed, config.resume_changes)
         tell_changes(chosen.path, changed)
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
-        judged = saved.get("spikes", ())
+        judged, skipped = saved.get("spikes", ()), saved.get("left_out", 0)
         early_stop = early_stop_of(config, saved, changed)
     size = checkpoint_bytes(Model.of(config, tokenizer.vocab_size))
     check_space(directory.checkpoints, size, config.checkpoint, evaluated=bool(held_out))
@@ -303,6 +306,7 @@ def build_run(
         heart=heart,
         corruption=CorruptionCheck(config.corruption_check),
         spikes=SpikeDetector(config.spikes, judged),
+        skipped=skipped,
         rewinds=rewinds,
         early_stop=early_stop,
         began=step,

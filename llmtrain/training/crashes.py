@@ -21,6 +21,12 @@ from llmtrain.training.run_lock import time_now
 logger = logging.getLogger(__name__)
 
 FILES = "crash-rank*.json"
+TOLD = "told-"
+"""Beside the heartbeats, with the job after it: one of its ranks has told of the crash."""
+
+
+class AnotherRankError(UserError):
+    """This rank ends because another one does, which says of what."""
 
 
 class Crashes:
@@ -34,7 +40,7 @@ class Crashes:
 
         Before the run has begun a mistake of the user's, and what follows from it, is kept in .starting/,
         where the other ranks read it until they leave. The rank that failed first appends the event; of one
-        that is gone without a word rank 0 does.
+        that is gone without a word the rank that noticed first.
         """
         crash = {
             "time": time_now(),
@@ -53,9 +59,10 @@ class Crashes:
         try:
             self._directory.write_json(f"{STARTING}/{name}" if passes else name, crash)
             if not (passes or secondary or _has_an_event(error)):
-                self._append()
-            if secondary and begun and self._rank == 0 and self._first() is None:
-                self._tell(rank=None, step=last.step, message=self.first(error))
+                told = {key: crash[key] for key in ("rank", "step", "type")}
+                self._tell(begun, **told, message=_first_line(crash), file=name)
+            elif begun and secondary and not isinstance(error, UserError) and self._first() is None:
+                self._tell(begun, rank=None, step=last.step, message=self.first(error))
         except OSError as cause:
             logger.warning("%s: no crash can be kept: %s", self._directory.path, cause)
 
@@ -68,16 +75,13 @@ class Crashes:
         see = f"; see {file}" if file.parent == self._directory.path else ""
         return f"rank {crash['rank']} on host {crash['host']}: {crash['type']}: {_first_line(crash)}{see}"
 
-    def _append(self) -> None:
-        """The event, unless another rank failed before this one."""
-        found = self._first()
-        if found and found[1]["rank"] == self._rank:
-            file, crash = found
-            told = {key: crash[key] for key in ("rank", "step", "type")}
-            self._tell(**told, message=_first_line(crash), file=file.name)
-
-    def _tell(self, **told: Any) -> None:
-        """The event, and the report that shows it."""
+    def _tell(self, begun: bool, **told: Any) -> None:
+        """The event, and the report that shows it, unless a rank of this job has told one before."""
+        beats = self._directory.heartbeats if begun else self._directory.starting
+        try:
+            (beats / f"{TOLD}{self._job}").touch(exist_ok=False)
+        except FileExistsError:
+            return
         self._directory.append_event("crash", **told)
         write_last_report(self._directory.path)
 

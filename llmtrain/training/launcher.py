@@ -93,10 +93,14 @@ def is_launcher(command: list[str]) -> bool:
     return any(Path(word).name in PROGRAMS or word.startswith(MODULES) for word in words)
 
 
-def tell_supervisor(run: Path, grace_seconds: float, done: bool = False) -> None:
-    """Tell launch/supervise.py, if it started us, which run this is, and whether it is done."""
+def tell_supervisor(run: Path | None, grace_seconds: float = 0, done: bool = False) -> None:
+    """Tell launch/supervise.py, if it started us, which run this is (None: no run), and whether it is done.
+
+    Under srun it is on the first node, and ranks on others have nobody to tell.
+    """
     if file := os.environ.get(SUPERVISOR):
-        aside = Path(f"{file}.new")
-        facts = {"run": str(run.resolve()), "grace_seconds": grace_seconds, "done": done}
-        aside.write_text(json.dumps(facts))
-        aside.replace(file)
+        aside = Path(f"{file}.new-{os.getpid()}")
+        facts = {"run": run and str(run.resolve()), "grace_seconds": grace_seconds, "done": done}
+        with suppress(FileNotFoundError):
+            aside.write_text(json.dumps(facts))
+            aside.replace(file)

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 HEARTBEATS, STARTING, CRASHES = "heartbeats", ".starting", "crashes"
 NEWEST_BYTES = 4 * 2**20
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a disk says that is full, or failing."""
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+"""What a disk says that is full, failing, or mounted read-only for that; or a server's that is away."""
 
 
 class RunDirectory:
@@ -146,6 +146,10 @@ class RunDirectory:
         while (place := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         return place
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run."""
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
 
     # Writing.
 

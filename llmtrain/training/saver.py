@@ -23,7 +23,7 @@ def build_saver(
     step: int,
 ) -> Saver:
     """The run's saver; it knows that `checkpoint`, of `step`, is whole, if that is the run's own."""
-    own = checkpoint is not None and checkpoint.resolve().parent == directory.checkpoints.resolve()
+    own = checkpoint is not None and directory.owns(checkpoint)
 
     def on_saved(saved: Saved) -> None:
         directory.append_event(

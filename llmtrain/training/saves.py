@@ -52,6 +52,7 @@ def save(run: Run, *, wait: bool = False) -> bool:
         **describe_run(run.config, run.world, run.tokenizer.fingerprint, run.precision),
         "data": run.dataset.state(run.step),
         "spikes": run.spikes.state(),
+        "left_out": run.skipped % run.config.spikes.max_skipped,  # after an end for them, none
         "rewinds": len(run.rewinds),
         "scores": list(run.early_stop.scores),
     }

@@ -20,9 +20,11 @@ from llmtrain.data.dataset import Batches
 from llmtrain.training.build import Run
 from llmtrain.training.callbacks import Callback
 from llmtrain.training.checkpoint import abandon, checkpoints, mark_best, sweep
+from llmtrain.training.crashes import AnotherRankError
 from llmtrain.training.engine.transfer import PendingStep
 from llmtrain.training.messages import closing_lines
 from llmtrain.training.metrics import step_metrics
+from llmtrain.training.requeue import scheduled_job
 from llmtrain.training.saves import load, report, save
 from llmtrain.training.spikes import Verdict
 from llmtrain.training.suspects import rewind, tell
@@ -207,7 +209,9 @@ def _await(run: Run, loads: Sequence[Future[Any]]) -> bool:
         if error is not None:
             raise error
         if failed:
-            raise UserError(f"another rank cannot read its text of step {run.step + 1}: see what it says")
+            raise AnotherRankError(
+                f"another rank cannot read its text of step {run.step + 1}: see what it says"
+            )
         if not waiting:
             run.waits = growing
             if waited:
@@ -287,6 +291,7 @@ def begin(run: Run) -> None:
         micro_batch_size=run.config.micro_batch_size,
         gradient_accumulation_steps=run.engine.accumulation,
         **({"changes": {change.key: change.as_dict() for change in run.changed}} if run.changed else {}),
+        **({"job": job} if (job := scheduled_job()) else {}),
         seconds=run.goodput.start,
     )
 

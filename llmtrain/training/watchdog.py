@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 from llmtrain import distributed
 from llmtrain.config import ExitCode, UserError
 from llmtrain.distributed import World
-from llmtrain.training.crashes import Crashes
+from llmtrain.training.crashes import TOLD, AnotherRankError, Crashes
 from llmtrain.training.goodput import Account, account_before
 from llmtrain.training.hang import Vital, verdict
 from llmtrain.training.heartbeat import Heart
@@ -47,6 +47,9 @@ TICKS, SLOWEST_TICK = 10, 5.0
 
 ANSWER_SHARE, ANSWER_SECONDS = 0.1, 3.0
 """Of `hang_timeout`, and more: how long ranks may take to answer (NFS shows a file half a minute late)."""
+
+SHARED = ("prepare", "verify", "save")
+"""Phases in which ranks have unlike parts of a work, maybe none, and wait for those of others."""
 
 COLLECTIVE = re.compile(r"gloo|nccl|processgroup|connection (closed|reset|refused)", re.IGNORECASE)
 COMMUNICATION = re.compile(r"/(torch/distributed|deepspeed/comm)/")
@@ -72,11 +75,11 @@ def watched(
     that the run begins and may write.
     """
     if world.is_main:
+        if goes_on:
+            heart.goodput.go_on(spent_before(directory), heart.started)
         shutil.rmtree(directory.starting, ignore_errors=True)  # of a job that was killed
     job = distributed.broadcast_object(uuid.uuid4().hex)
     watchdog = Watchdog(directory, world, heart, hang_timeout, job)
-    if world.is_main and goes_on:
-        heart.goodput.go_on(watchdog.account_before(), heart.started)
     watchdog.start()
     try:
         yield watchdog.begin
@@ -84,14 +87,20 @@ def watched(
         watchdog.end_if_hung(error)
         if isinstance(error, UserError) and error.exit_code in (ExitCode.PREEMPTED, ExitCode.REWIND):
             raise
-        secondary = _is_collective(error)
+        secondary = isinstance(error, AnotherRankError) or _is_collective(error)
         crashes = Crashes(directory, world, job)
         crashes.keep(error, heart.last, secondary=secondary, begun=watchdog.has_begun)
-        if not secondary:
+        if isinstance(error, UserError) or not secondary:
             raise
         raise UserError(f"another rank failed: {crashes.first(error)}", exit_code=1) from error
     finally:
         watchdog.stop()
+
+
+def spent_before(directory: RunDirectory) -> Account | None:
+    """What earlier processes spent, one that was killed as it started too; None where there were none."""
+    heartbeat = _read(directory.starting / _name(0)) or _read(directory.heartbeats / _name(0)) or {}
+    return account_before(directory.read_metrics(), directory.read_events(), heartbeat)
 
 
 class Watchdog:
@@ -113,7 +122,7 @@ class Watchdog:
         self._complained, self._stumbled = False, False
         self._others: list[float] = []
         self._moved = 0.0
-        """When one of the others moved last for whose text this rank waits, on the monotonic clock."""
+        """When one of the others moved last for which this rank waits, on the monotonic clock."""
         self._waited = False
         """Whether this rank waited for others until a library lost its patience."""
         self._thread = threading.Thread(target=self._watch, name="llmtrain-watchdog", daemon=True)
@@ -129,15 +138,16 @@ class Watchdog:
         self._thread.start()
 
     def begin(self) -> None:
-        """The run begins on every rank; rank 0 removes the heartbeats of ranks that there are no more."""
+        """The run begins on every rank; rank 0 removes what earlier jobs left there."""
         distributed.barrier()
         with self._writing:
             self._leave_start()
             self._beats = self._directory.heartbeats
         self._safely(self._write)
         if self._world.is_main:
-            for file in self._beats.glob("rank_*.json"):
-                if int(file.stem.removeprefix("rank_")) >= self._world.world_size:
+            ours = {_name(rank) for rank in self._ranks}
+            for file in [*self._beats.glob("rank_*.json"), *self._beats.glob(f"{TOLD}*")]:
+                if file.name not in ours:
                     file.unlink(missing_ok=True)
         distributed.barrier()
 
@@ -166,12 +176,6 @@ class Watchdog:
             self._hung.set()
             self._thread.join()
 
-    def account_before(self) -> Account | None:
-        """What earlier processes spent, before this one writes a heartbeat; None where there were none."""
-        directory = self._directory
-        heartbeat = _read(directory.heartbeats / _name(self._world.rank)) or {}
-        return account_before(directory.read_metrics(), directory.read_events(), heartbeat)
-
     # The heartbeat
 
     def _watch(self) -> None:
@@ -193,7 +197,7 @@ class Watchdog:
             self._end()
 
     def _late(self) -> float:
-        """Seconds in which this rank has not moved; if it waits for the text of others, none of them either.
+        """Seconds in which this rank has not moved; if it waits for what others do, none of them either.
 
         How the others move is read from their heartbeats, late and rarely: there may be a thousand of them.
         Who stands still finds that out first: the others give it half of `hang_timeout` more.
@@ -203,7 +207,7 @@ class Watchdog:
         if (
             not self._timeout
             or late < self._timeout / 2
-            or last.phase != "prepare"
+            or last.phase not in SHARED
             or not _is_in_collective()
         ):
             return late

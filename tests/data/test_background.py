@@ -66,6 +66,11 @@ def wait_for(prepared: Prepared, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def crew() -> list[int]:
+    """The workers of this process; the ranks that other tests keep warm are its children, too."""
+    return [child.pid for child in psutil.Process().children() if "-P" in child.cmdline()]
+
+
 def alive(pids: list[int]) -> list[int]:
     return [
         pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -252,7 +257,7 @@ def test_a_rank_without_workers_only_waits(
 def test_closing_stops_at_once(file: Path, tmp_path: Path) -> None:
     prepared = prepare(one(file), BYTES, tmp_path / "cache", background=True, workers=2)
     deadline = time.monotonic() + 20
-    while not (pids := [child.pid for child in psutil.Process().children()]):
+    while not (pids := crew()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     source = prepared.open()[0]["one"]
@@ -273,14 +278,14 @@ def test_closing_stops_at_once(file: Path, tmp_path: Path) -> None:
 def test_a_worker_that_is_killed_is_replaced(file: Path, tmp_path: Path) -> None:
     prepared = prepare(one(file), BYTES, tmp_path / "cache", background=True, workers=1)
     deadline = time.monotonic() + 20
-    while not (children := psutil.Process().children()):
+    while not (pids := crew()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     prepared.schedule({}, {})  # the part it is given while it still starts dies with it
     time.sleep(0.3)
-    children[0].kill()
+    os.kill(pids[0], signal.SIGKILL)
     wait_for(prepared)
-    assert [child.pid for child in psutil.Process().children()] != [children[0].pid]
+    assert crew() != pids
     prepared.close()
     assert tokens_of(prepared.sources["one"].train)
 

@@ -19,7 +19,8 @@ TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
 
-folder, rank = Path(os.environ["STAND_IN"]), os.environ.get("RANK", "alone")
+folder = Path(os.environ["STAND_IN"])
+rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "alone")
 mode = os.environ.get("MODE", "return")
 
 def tell(done):
@@ -29,9 +30,10 @@ def tell(done):
         (run / "DONE").touch()
     facts = {"run": str(run), "grace_seconds": float(os.environ.get("GRACE", 60)), "done": done}
     note("told", facts)
-    if file := os.environ.get("LLMTRAIN_SUPERVISOR"):
-        Path(f"{file}.{rank}").write_text(json.dumps(facts))
-        Path(f"{file}.{rank}").rename(file)
+    file = Path(os.environ.get("LLMTRAIN_SUPERVISOR", "/nowhere/run.json"))
+    if file.parent.is_dir():  # not on other nodes
+        Path(f"{file}.of-{rank}").write_text(json.dumps(facts))
+        Path(f"{file}.of-{rank}").rename(file)
 
 def note(kind, content):
     path = folder / f"{kind}-{rank}"

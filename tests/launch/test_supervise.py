@@ -193,6 +193,20 @@ def test_a_rank_that_has_saved_and_is_ended_after_its_grace_says_so(start, tmp_p
     assert job.returncode == code, errors
 
 
+def test_while_it_waits_for_what_a_launcher_left_it_sleeps():
+    """Ranks that save then need the processor."""
+    supervise = module()
+    told, began = supervise.Told(), time.monotonic()
+    job = supervise.Job(["bash", "-c", "sleep 60 &"], told, time.time())
+    job.process.wait()
+    try:
+        assert all(job.is_alive() for _ in range(10))
+        assert time.monotonic() - began >= 10 * supervise.POLL_SECONDS
+    finally:
+        job.kill()
+        told.close()
+
+
 def test_torchrun_is_no_rank_of_its_own():
     def is_rank(*command: str) -> bool:
         return module().is_rank(SimpleNamespace(cmdline=lambda: ["python", *command]))
@@ -237,6 +251,13 @@ def test_success_needs_the_marker_and_the_word_of_the_ranks(start, stand_in):
     job = start(sys.executable, SUPERVISE, "bash", "-c", PLAIN, MODE="return")
     _, errors = job.communicate(timeout=60)
     assert (job.returncode, errors) == (0, "")
+
+
+def test_a_check_has_no_run_to_mark_as_done(start, tiny, tmp_path):
+    check = (sys.executable, "-m", "llmtrain.check", *tiny, f"output_dir={tmp_path}/run")
+    job = start(sys.executable, SUPERVISE, *check, PYTHONPATH=str(LAUNCH.parent), DS_ACCELERATOR="cpu")
+    printed, errors = job.communicate(timeout=240)
+    assert job.returncode == 0, printed + errors
 
 
 @pytest.mark.parametrize(

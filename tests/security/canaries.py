@@ -33,6 +33,7 @@ SHAPES = {
 
 IN_TEXT = {
     "password in a url": "cannot read https://me:CANARY@x.net/a.jsonl",
+    "password in a url after a key": "cannot list s3://AKIAIOSFODNN7EXAMPLE:CANARY0123@b/a",
     "signed url": "GET https://b.s3.x.net/a?X-Amz-Date=7&X-Amz-Signature=CANARY0123 403",
     "azure": "https://x.blob.net/a?sv=2022&sig=CANARY%3D&sp=r",
     "azure account": "DefaultEndpointsProtocol=https;AccountName=x;AccountKey=CANARY0123456789==;",

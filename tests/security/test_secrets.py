@@ -160,7 +160,7 @@ SINKS = [
     "data.json",
     "data/prepared.json",
     "tokenizer/*",
-    "crash-rank*.json",
+    "crashes/crash-rank0.json",
     "heartbeats/*",
     "checkpoints/*/*",
     "wandb/*/*.wandb",
@@ -209,6 +209,6 @@ def test_nothing_that_a_run_leaves_behind_holds_a_secret(ranks, tiny, guarded, t
     looked_at = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()}
     assert {"run", "plan", "plan.txt", "cache"} < looked_at and (run / "report.html").exists()
     assert all(list(run.glob(sink)) for sink in SINKS)
-    assert LEFT_OUT in (run / "crash-rank0.json").read_text()
+    assert LEFT_OUT in (run / "crashes" / "crash-rank0.json").read_text()
     assert LEFT_OUT in (run / "config.yaml").read_text()
     assert hits(tmp_path) == []

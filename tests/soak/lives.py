@@ -131,10 +131,7 @@ class Life:
 
     def batches(self) -> list[list[str]]:
         """Of each rank, the hashes of the micro-batches it trained on; a torn last one is left out."""
-        return [
-            [hashlib.sha256(batch.tobytes()).hexdigest() for batch in _arrays(self.place / f"rank{rank}.npy")]
-            for rank in range(RANKS)
-        ]
+        return [hashes(self.place / f"rank{rank}.npy") for rank in range(RANKS)]
 
     def _await(self, when: When, rng: random.Random) -> bool:
         """Wait for the instant to kill at; False where the run ended by itself before."""
@@ -222,6 +219,11 @@ def _launch(arguments: Sequence[str], place: Path, variables: dict[str, str]) ->
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+
+def hashes(file: Path) -> list[str]:
+    """Of the micro-batches that `tests.ranks.record_batches` recorded."""
+    return [hashlib.sha256(batch.tobytes()).hexdigest() for batch in _arrays(file)]
 
 
 def _arrays(file: Path) -> Iterator[np.ndarray]:

@@ -162,6 +162,15 @@ def refuse_export() -> None:
     trial.export = refused
 
 
+def refuse_profile() -> None:
+    """The disk has no room for a trace."""
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    torch.profiler.profile.export_chrome_trace = refused  # type: ignore[method-assign]
+
+
 def fill_the_disk() -> None:
     """Rank 1 may write no file as large as its part of a checkpoint any more."""
     _at_beat(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
@@ -196,6 +205,25 @@ def make_slowly() -> None:
             hand_out(self)
 
     Crew._hand_out = wait_first
+
+
+def verify_slowly() -> None:
+    """Rank 1 reads its part of a checkpoint for SLOW seconds; gloo would wait 15."""
+    from llmtrain.training import watchdog
+    from llmtrain.training.checkpoint import choosing
+
+    watchdog.longest_wait = lambda hang_timeout: 15.0
+    damages = choosing.damages
+
+    def slowly(*arguments: Any, tick: Callable[[], None]) -> Any:
+        end = time.monotonic() + SLOW
+        while time.monotonic() < end:
+            tick()
+            time.sleep(0.2)
+        return damages(*arguments, tick=tick)
+
+    if os.environ["RANK"] == "1":
+        choosing.damages = slowly
 
 
 SLOW = 24.0

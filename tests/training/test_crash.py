@@ -12,7 +12,7 @@ import pytest
 
 from llmtrain.config import UserError
 from llmtrain.distributed import World
-from llmtrain.training.crashes import Crashes
+from llmtrain.training.crashes import AnotherRankError, Crashes
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.watchdog import Watchdog
@@ -89,6 +89,25 @@ def test_the_earliest_crash_of_this_job_is_the_first_whatever_its_rank(tmp_path)
     write(3, "2026-01-01T00:00:01.000+00:00", secondary=True)
     write(4, "2026-01-01T00:00:02.000+00:00", job="an earlier one")
     assert crashes.first(ValueError("closed")) == f"rank 2 on host a: E: m; see {tmp_path}/crash-rank2.json"
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "told"),
+    [
+        (LookupError("no such thing"), 1, [1]),
+        (RuntimeError("gloo: closed by peer"), None, [None]),  # of rank 0: it is gone, others have noticed
+        (AnotherRankError("another rank cannot read its text"), None, []),  # which says so itself
+    ],
+)
+def test_of_all_ranks_that_fail_one_tells_the_event(tmp_path, error, rank, told):
+    directory, last = RunDirectory(tmp_path), Heart().last
+    directory.heartbeats.mkdir()
+    for number in (1, 2):
+        Crashes(directory, World(number, 3), "job").keep(error, last, secondary=rank is None, begun=True)
+    assert [event["rank"] for event in directory.read_events()] == told
+    watchdog = Watchdog(directory, World(), Heart(), None, "the next job")
+    watchdog.begin()
+    assert [file.name for file in directory.heartbeats.iterdir()] == ["rank_00000.json"]
 
 
 def test_a_mistake_before_the_run_begins_is_told_to_the_others_and_leaves_nothing(tmp_path):

@@ -24,6 +24,8 @@ from llmtrain.training.goodput import (
 )
 from llmtrain.training.heartbeat import Heart
 from llmtrain.training.report import write_report
+from llmtrain.training.run_directory import RunDirectory, write_atomically
+from llmtrain.training.watchdog import spent_before
 from tests.ranks import PATCH
 from tests.training.faults import TIMES
 
@@ -118,6 +120,15 @@ def test_the_newer_of_line_and_heartbeat_counts():
     assert account_before([line], [started], newer) == Account(newer["goodput"], 12, 5.0)
     assert account_before([], [], {}) is None
     assert account_before([], [started], newer) == Account(newer["goodput"], 12, 5.0)
+
+
+def test_a_start_that_was_killed_was_no_idle_time(tmp_path):
+    directory = RunDirectory(tmp_path)
+    assert spent_before(directory) is None
+    for part, place in ((5.0, directory.heartbeats), (7.0, directory.starting)):
+        told = {"goodput": dict.fromkeys(PARTS, part), "trained": 3, "time": 100 + part}
+        write_atomically(place / "rank_00000.json", json.dumps(told))
+        assert spent_before(directory) == Account(told["goodput"], 3, told["time"])
 
 
 def test_a_beat_costs_next_to_nothing():

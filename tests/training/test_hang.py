@@ -21,7 +21,7 @@ from llmtrain.config import ExitCode
 from llmtrain.data.prepare import SMALL
 from llmtrain.distributed import World
 from llmtrain.training.hang import Vital, verdict
-from llmtrain.training.heartbeat import Heart, Phase
+from llmtrain.training.heartbeat import Beat, Heart, Phase
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.watchdog import Watchdog
 from tests.ranks import PATCH, Job
@@ -158,10 +158,11 @@ def test_another_job_s_preparation_is_no_hang_until_it_stands_still(ranks, tiny,
     assert not (tmp_path / "run" / ".starting").exists()
 
 
+@pytest.mark.parametrize("phase", ["prepare", "verify", "save"])
 @pytest.mark.parametrize("other", ["moves", "stands still", "is stopped"])
-def test_who_waits_for_the_text_of_another_rank_is_late_when_that_one_is(tmp_path, monkeypatch, other):
+def test_who_waits_for_the_work_of_another_rank_is_late_when_that_one_is(tmp_path, monkeypatch, other, phase):
     heart, late = Heart(), []
-    heart.beat("prepare")
+    heart.last = Beat(phase, 0, 0, 1000.0)  # whole seconds: sums of them are exact
     watchdog = Watchdog(RunDirectory(tmp_path), World(0, 2), heart, 600, "job")
     monkeypatch.setattr("llmtrain.training.watchdog._is_in_collective", lambda: True)
     monkeypatch.setattr("llmtrain.training.watchdog.time.monotonic", lambda: heart.last.at + passed)
@@ -224,6 +225,14 @@ def test_text_that_is_being_made_is_none_however_long_it_takes(ranks, growing, t
     began = time.monotonic()
     ranks.run(growing, 2, tmp_path, {PATCH: "tests.training.faults:make_slowly"})
     assert time.monotonic() - began > faults.SLOW > 2 * TIMEOUT
+    assert not events(tmp_path / "run", "hang")
+
+
+@pytest.mark.slow
+def test_who_waits_for_another_rank_to_verify_does_not_hang(ranks, tiny, tmp_path):
+    ranks.run([*tiny, "max_steps=1"], 2, tmp_path)
+    hook = {PATCH: "tests.training.faults:verify_slowly"}
+    ranks.run([*tiny, "max_steps=2", f"hang_timeout={TIMEOUT}"], 2, tmp_path, hook)
     assert not events(tmp_path / "run", "hang")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,8 @@ def test_every_key_of_every_line(ranks, tiny, tmp_path):
 
 
 def test_a_run_whose_gradients_explode_ends_with_87_and_a_checkpoint(ranks, tiny, tmp_path):
-    job = ranks.start([*tiny, "optimizer.lr=1e30", "optimizer.gradient_clipping=0"], 2, tmp_path)
+    command = [*tiny, "optimizer.lr=1e30", "optimizer.gradient_clipping=0", "checkpoint.every=1"]
+    job = ranks.start(command, 2, tmp_path)
     assert job.wait() == [87, 87], job.output()
     run = tmp_path / "run"
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -89,3 +91,7 @@ def test_a_run_whose_gradients_explode_ends_with_87_and_a_checkpoint(ranks, tiny
     assert (run / "checkpoints" / f"step_{skipped[-1]:08d}" / "checkpoint.json").exists()
     assert not (run / "DONE").exists()
     assert "optimizer.lr" in job.output()
+    shutil.rmtree(run / "checkpoints" / f"step_{skipped[-1]:08d}")  # as if killed before it
+    job = ranks.start(command, 2, tmp_path)
+    assert job.wait() == [87, 87], job.output()
+    assert metrics(run)[-1]["step"] == metrics(run)[-2]["step"] == skipped[-1]

@@ -14,6 +14,7 @@ import pytest
 from torch.autograd import DeviceType
 
 from llmtrain.training.callbacks.profile import kernel_times
+from tests.ranks import PATCH
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,12 @@ def test_a_stop_within_a_profile_leaves_the_steps_so_far(ranks, tiny, tmp_path: 
     assert (found["first_step"], found["steps"]) == (3, last - 2)
     calls = {kernel["name"]: kernel["calls"] for kernel in found["kernels"]}
     assert calls["aten::mm"] == round(calls["aten::mm"])
+
+
+def test_a_profile_that_the_disk_refuses_ends_no_run(ranks, tiny, tmp_path: Path) -> None:
+    keys = ["deepspeed=zero0", "max_steps=4", "profile.steps=1", "profile.from_step=2"]
+    job = ranks.run([*tiny, *keys], 1, tmp_path, {PATCH: "tests.training.faults:refuse_profile"})
+    assert "No space left on device" in job.output() and (tmp_path / "run" / "DONE").exists()
 
 
 def test_without_profile_steps_nothing_is_traced(ranks, tiny, tmp_path: Path) -> None:

@@ -139,6 +139,21 @@ def test_max_steps_below_the_checkpoint_is_said(ranks, tiny, tmp_path):
     assert "already trained to step 4, max_steps=2" in job.output()
 
 
+def test_a_branch_that_is_requeued_ends_as_it_should(ranks, tiny, tmp_path):
+    """`resume` names where it began: a mistake only if there is nothing to train from there."""
+    ranks.run([*tiny, "max_steps=2", f"output_dir={tmp_path}/before"], 1, tmp_path)
+    branch = [*tiny, f"resume={tmp_path}/before"]
+    job = ranks.start([*branch, "max_steps=2"], 1, tmp_path)
+    assert job.wait() == [78]
+    assert "step_00000002 is at step 2; raise max_steps" in job.output()
+    for said in ("resumed after step 2", "already trained to step 3", "nothing to train"):
+        job = ranks.run([*branch, "max_steps=3"], 1, tmp_path)
+        assert said in job.output() and (tmp_path / "run" / "DONE").exists()
+        if said.startswith("already"):  # as if it had been killed between its last save and DONE
+            (tmp_path / "run" / "DONE").unlink()
+    assert sorted(records(tmp_path / "run")) == [3]
+
+
 @pytest.mark.parametrize("windows", [-1, 1])
 def test_a_ledger_of_another_step_says_nothing_of_a_source_that_is_removed(ranks, tiny, tmp_path, windows):
     """A kill between a checkpoint and its ledger leaves an older one, a checkpoint put back a newer one."""

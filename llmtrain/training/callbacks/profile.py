@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 from llmtrain.config import Config
 from llmtrain.training.callbacks.base import Callback
 from llmtrain.training.clock import Laps
+from llmtrain.training.run_directory import disk_may_refuse
 
 if TYPE_CHECKING:
     from llmtrain.training.callbacks.base import Run
@@ -108,16 +109,17 @@ class ProfileCallback(Callback):
         if not steps:
             return
         directory = run.directory.path / "profile"
-        directory.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(directory / "trace.json.gz"))
         found = {
             "first_step": self._started + 1,
             "steps": steps,
             "step_ms": laps.step_since(before) * 1000,
             **kernel_times(of_steps(profiler.events()), steps),
         }
-        run.directory.write_json("profile/kernels.json", found)
-        logger.info("profile of steps %d to %d: %s", self._started + 1, self._started + steps, directory)
+        with disk_may_refuse():
+            directory.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(directory / "trace.json.gz"))
+            run.directory.write_json("profile/kernels.json", found)
+            logger.info("profile of steps %d to %d: %s", self._started + 1, self._started + steps, directory)
 
 
 def of_steps(events: Any) -> list[Any]:

@@ -37,23 +37,23 @@ class Chosen:
     rejected: Sequence[DamagedError]
 
 
-def candidates(resume: str, directory: Path, at_most: int | None = None) -> list[Path]:
+def candidates(resume: str, directory: Path) -> list[Path]:
     """The checkpoints that `resume` may mean, the best first; none where the run begins anew.
 
     `auto`: those in `directory`, newest first. `never`: none. A path: that checkpoint, or those of that run
     directory. A path says where a run begins; once `directory` has checkpoints of its own, those are meant,
-    as a requeue needs it. None is of a step after `at_most`.
+    as a requeue needs it. UserError where it had some, and has none any more.
     """
     if resume == "never":
         return []
-    own = _newest_first(directory, at_most)
+    own = _newest_first(directory)
+    if not own:
+        _check_untrained(resume, directory)
     if own or resume == "auto":
         _refuse_to_lose(resume, own)
-        if not own:
-            _check_untrained(directory, at_most)
         return own
     named = Path(resume)
-    found = [named] if (named / RECORD).is_file() else _newest_first(named / "checkpoints", at_most)
+    found = [named] if (named / RECORD).is_file() else _newest_first(named / "checkpoints")
     if not found:
         raise UserError(
             f"resume={resume}: neither a checkpoint nor a run directory with one; "
@@ -83,7 +83,6 @@ def choose(
     resume: str,
     directory: Path,
     world: World,
-    at_most: int | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Chosen | None:
     """The first of the `candidates` of which every byte is as it was written; collective.
@@ -91,7 +90,7 @@ def choose(
     Ranks share the reading, and call `tick` meanwhile. UserError with every reason where there are candidates
     and none is good.
     """
-    found = distributed.broadcast_object(candidates(resume, directory, at_most) if world.is_main else None)
+    found = distributed.broadcast_object(candidates(resume, directory) if world.is_main else None)
     rejected: list[DamagedError] = []
     for path in found:
         manifest = distributed.broadcast_object(_tried(Manifest.read, path) if world.is_main else None)
@@ -135,9 +134,8 @@ def verified_checkpoint(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _newest_first(directory: Path, at_most: int | None = None) -> list[Path]:
-    found = [path for step, path in checkpoints(directory) if at_most is None or step <= at_most]
-    return found[::-1]
+def _newest_first(directory: Path) -> list[Path]:
+    return [path for _, path in reversed(checkpoints(directory))]
 
 
 def _tried(read: Callable[[Path], T], checkpoint: Path) -> T | DamagedError:
@@ -166,10 +164,8 @@ def _refuse_to_lose(resume: str, own: Sequence[Path]) -> None:
         )
 
 
-def _check_untrained(directory: Path, at_most: int | None) -> None:
+def _check_untrained(resume: str, directory: Path) -> None:
     """UserError for a run that was trained and saved, and whose checkpoints are not there."""
-    if at_most is not None and checkpoints(directory):
-        raise UserError(f"{directory}: no checkpoint of step {at_most} or before it; use resume=never")
     run = RunDirectory(directory.parent)
     steps = [line["step"] for line in run.read_metrics() if "step" in line]
     told = run.events.exists()
@@ -177,7 +173,8 @@ def _check_untrained(directory: Path, at_most: int | None) -> None:
         return
     raise UserError(
         f"{directory}: no checkpoint in it, but the run was trained to step {max(steps)}"
-        f"{' and saved' if told else ''}: put its checkpoints back, or start anew with resume=never"
+        f"{' and saved' if told else ''}: put its checkpoints back, or "
+        f"{'start anew with resume=never' if resume == 'auto' else 'give another output_dir'}"
     )
 
 

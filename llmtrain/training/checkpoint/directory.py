@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Collection, Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from llmtrain.files import sync
 from llmtrain.training.checkpoint.manifest import MANIFEST, Manifest, Stamp, directory_name
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY, TRASH, ABANDONED = ".tmp-", ".trash-", ".abandoned-"
 NAME = re.compile(r"step_(\d{8,})")
@@ -96,12 +99,15 @@ def remove(checkpoint: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what saves and removals that were interrupted left behind."""
+    """Remove what saves and removals that were interrupted left behind; no run ends for what has to stay."""
     for pattern in (f"{TEMPORARY}*", f"{TRASH}*"):
         for path in directory.glob(pattern):
-            delete(path)
+            try:
+                delete(path)
+            except OSError as error:  # NFS keeps a file that a process somewhere has open
+                logger.warning("%s: what an interrupted save left could not be removed: %s", path, error)
 
 
 def delete(path: Path) -> None:
-    """Remove a directory with all that is in it; of a link only the link, what it leads to stays."""
-    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    """Remove a file, or a directory with all that is in it; of a link only the link."""
+    path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)

@@ -82,6 +82,7 @@ class Record(_Part):
     config: Settings
     data: Order
     spikes: list[tuple[Count, float, float]] = []
+    left_out: Count = 0
     rewinds: Count = 0
     scores: list[tuple[Count, float | None]] = []
     parameters: dict[str, Shape]

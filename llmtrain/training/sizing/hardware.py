@@ -66,7 +66,8 @@ def known_devices() -> dict[str, HardwareConfig]:
     from llmtrain.config.hydra import config_directory
 
     files = sorted((config_directory() / "hardware").glob("*.yaml"))
-    configs = [HardwareConfig.model_validate(yaml.safe_load(file.read_text())) for file in files]
+    numbers = [content for file in files if "devices" in (content := yaml.safe_load(file.read_text()))]
+    configs = map(HardwareConfig.model_validate, numbers)
     return {device: config for config in configs for device in config.devices}
 
 

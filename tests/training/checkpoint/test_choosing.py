@@ -60,14 +60,6 @@ def test_the_newest_that_is_whole_and_what_was_passed_over(own, caplog, file):
     assert find_checkpoint("auto", own) == own / f"step_0000000{4 if file != rank_file(0) else 6}"
 
 
-def test_a_rewind_looks_at_older_ones_only(own):
-    chosen = choose("auto", own, World(), at_most=5)
-    assert chosen is not None
-    assert (chosen.path, chosen.rejected) == (own / "step_00000004", [])
-    with pytest.raises(UserError, match="no checkpoint of step 1 or before"):
-        choose("auto", own, World(), at_most=1)
-
-
 def test_none_is_whole(own):
     for step in (2, 4, 6):
         flip(own / f"step_0000000{step}" / MANIFEST)
@@ -109,8 +101,10 @@ def test_files_of_an_older_version_are_refused_in_one_line(tmp_path):
         (7, None, False),
     ],
 )
-def test_a_trained_run_whose_checkpoints_are_gone_does_not_begin_anew(own, steps, events, begins):
-    run = RunDirectory(own.parent)
+def test_a_trained_run_whose_checkpoints_are_gone_does_not_begin_anew(own, tmp_path, steps, events, begins):
+    """Neither from nothing, nor where `resume` says that it began."""
+    run, other = RunDirectory(own.parent), tmp_path / "other" / "checkpoints"
+    save(other, 3)
     for step in range(1, steps + 1):
         run.append_metrics({"step": step})
     for event in events or ():
@@ -119,9 +113,12 @@ def test_a_trained_run_whose_checkpoints_are_gone_does_not_begin_anew(own, steps
     assert choose("never", own, World()) is None
     if begins:
         assert choose("auto", own, World()) is None
+        assert find_checkpoint(str(other.parent), own) == other / "step_00000003"
         return
     with pytest.raises(UserError, match=r"trained to step 7.*resume=never"):
         choose("auto", own, World())
+    with pytest.raises(UserError, match=r"trained to step 7.*another output_dir"):
+        find_checkpoint(str(other.parent), own)
 
 
 def test_a_damaged_run_directory_says_so_through_the_door(ranks, tiny, tmp_path):

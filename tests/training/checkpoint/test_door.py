@@ -99,6 +99,7 @@ def test_a_run_that_is_at_work_is_not_pruned(run, capsys):
 def test_mistakes_are_one_line(tmp_path, run, capsys):
     assert main(["list", str(tmp_path / "nowhere")]) == 78
     assert "no checkpoint in it" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["prune", str(run), "--keep", "1"])
-    assert "must be 2 or more" in capsys.readouterr().err
+    for keep in ("1", "two"):
+        with pytest.raises(SystemExit):
+            main(["prune", str(run), "--keep", keep])
+        assert f"{keep}: must be a number, 2 or more" in capsys.readouterr().err

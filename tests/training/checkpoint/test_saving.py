@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -266,8 +267,26 @@ def test_leftovers_of_interrupted_saves_and_removals_are_swept(tmp_path):
     for name in (".tmp-step_00000002-ab", ".trash-step_00000000"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank_00000.safetensors").write_bytes(b"half")
+    (tmp_path / ".tmp-file").touch()
     sweep(tmp_path)
     assert names(tmp_path) == ["step_00000001"]
+
+
+def test_a_leftover_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch, caplog):
+    """NFS keeps what a process of the job before still has open."""
+    held, free = tmp_path / ".tmp-step_00000002-ab", tmp_path / ".tmp-step_00000002-cd"
+    rmtree = shutil.rmtree
+
+    def refused(path):
+        if path == held:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        rmtree(path)
+
+    held.mkdir()
+    free.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    sweep(tmp_path)
+    assert names(tmp_path) == [held.name] and f"{held}" in caplog.text
 
 
 def test_of_a_link_only_the_link_goes(tmp_path):
