@@ -31,7 +31,7 @@ from llmtrain.training.callbacks.evaluation import EvaluationCallback
 from llmtrain.training.callbacks.prediction import PredictionCallback
 from llmtrain.training.callbacks.profile import ProfileCallback
 from llmtrain.training.callbacks.samples import SampleCallback
-from llmtrain.training.changes import Change, changes, check_changes, other_text, tell_changes
+from llmtrain.training.changes import Change, changes, check_changes, tell_changes
 from llmtrain.training.checkpoint import (
     DamagedError,
     Saver,
@@ -44,7 +44,7 @@ from llmtrain.training.checkpoint import (
 from llmtrain.training.clock import StepClock
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.corruption import CorruptionCheck
-from llmtrain.training.early_stop import EarlyStop
+from llmtrain.training.early_stop import EarlyStop, early_stop_of, has_stopped
 from llmtrain.training.engine.config import ResolvedPrecision
 from llmtrain.training.engine.engine import Engine, build_engine
 from llmtrain.training.goodput import Goodput
@@ -185,25 +185,6 @@ def is_done(config: TrainConfig) -> bool:
         f"{directory.report}. Raise {key} to go on, or start anew with resume=never or name=<another>"
     )
     return True
-
-
-def has_stopped(config: TrainConfig, checkpoint: Path) -> bool:
-    """Whether a run ended early at a checkpoint; one that is damaged is no end."""
-    if config.callbacks.evaluation.patience is None:
-        return False
-    try:
-        return early_stop_of(config, read_record(checkpoint)).is_due
-    except DamagedError:
-        return False
-
-
-def early_stop_of(
-    config: TrainConfig, saved: Mapping[str, Any] | None, changed: Sequence[Change] = ()
-) -> EarlyStop:
-    """What the evaluations so far come to; of other text than today's they do not count."""
-    evaluation = config.callbacks.evaluation
-    scores = saved.get("scores", ()) if saved and not other_text(changed) else ()
-    return EarlyStop(evaluation.patience, evaluation.min_delta, scores)
 
 
 def tokenizer_of(config: TrainConfig) -> TokenizerConfig | Tokenizer:

@@ -7,9 +7,15 @@ run that goes on from it, after a kill or a rewind, stops after the step after w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llmtrain.training.checkpoint.best import Score
+from llmtrain.training.changes import Change, other_text
+from llmtrain.training.checkpoint import DamagedError, Score, read_record
+
+if TYPE_CHECKING:
+    from llmtrain.training.config import TrainConfig
 
 
 class EarlyStop:
@@ -46,3 +52,22 @@ class EarlyStop:
     def is_due(self) -> bool:
         """Whether the run ends for want of better evaluations; all ranks say the same."""
         return self._patience is not None and self._waited >= self._patience
+
+
+def has_stopped(config: TrainConfig, checkpoint: Path) -> bool:
+    """Whether a run ended early at a checkpoint; one that is damaged is no end."""
+    if config.callbacks.evaluation.patience is None:
+        return False
+    try:
+        return early_stop_of(config, read_record(checkpoint)).is_due
+    except DamagedError:
+        return False
+
+
+def early_stop_of(
+    config: TrainConfig, saved: Mapping[str, Any] | None, changed: Sequence[Change] = ()
+) -> EarlyStop:
+    """What the evaluations so far come to; of other text than today's they do not count."""
+    evaluation = config.callbacks.evaluation
+    scores = saved.get("scores", ()) if saved and not other_text(changed) else ()
+    return EarlyStop(evaluation.patience, evaluation.min_delta, scores)

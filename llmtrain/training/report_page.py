@@ -212,7 +212,7 @@ footer { color: var(--soft); font-size: 0.8rem; margin: 2.5rem 0 0; border-top: 
   .tiles { grid-template-columns: repeat(2, 1fr); gap: 0.5rem; }
   .tile:last-child:nth-child(odd) { grid-column: 1 / -1; }
   .card { padding: 0.75rem; }
-  .tall td:first-child { white-space: normal; min-width: 5.5rem; }
+  .tall td:first-child { white-space: normal; min-width: 6.75rem; }
   .chart, .wide > .chart { height: 15rem; }
 }
 @media print { .card, .tile { break-inside: avoid; } button.log { display: none; } }
@@ -251,7 +251,7 @@ function axis(title, more) {
 function note(mark, i, chart) {  // below the one before, and never beyond the curves
   const xs = chart.traces.flatMap(t => t.x), low = Math.min(...xs), high = Math.max(...xs);
   const right = 2 * mark.x > low + high;
-  return {x: mark.x, yref: "paper", y: 1 - 0.07 * (i % 4), text: right ? mark.text.trim() + " " : mark.text,
+  return {x: mark.x, yref: "paper", y: 1 - 0.07 * (i % 5), text: right ? mark.text.trim() + " " : mark.text,
           showarrow: false, xanchor: right ? "right" : "left", yanchor: "top",
           font: {size: 11, color: color("soft")}};
 }

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from llmtrain.config import Config
+from llmtrain.config import Config, choice
 from tests.config.small import (
+    InnerConfig,
     ModelConfig,
     NoPositionConfig,
     PositionConfig,
@@ -49,6 +50,27 @@ def test_a_choice_survives_dump_yaml_validate(raw: dict[str, Any], cls: type[Con
     again = ModelConfig.model_validate(yaml.safe_load(yaml.safe_dump(dumped)))
     assert again == first
     assert type(again.position) is cls
+
+
+class Extensible(Config):
+    """Fields that hold one class of ours or theirs, and theirs alone."""
+
+    ours: choice(PositionConfig, InnerConfig)  # type: ignore[valid-type]
+    theirs: dict[str, choice(PositionConfig)]  # type: ignore[valid-type]
+
+
+def test_a_class_without_a_kind_takes_what_has_no_target() -> None:
+    raw = {"ours": {"depth": 1}, "theirs": {"x": THEIRS}}
+    first = Extensible.model_validate(raw)
+    assert (type(first.ours), type(first.theirs["x"])) == (InnerConfig, TheirConfig)
+    assert first.model_dump() == raw
+    swapped = Extensible.model_validate({"ours": THEIRS, "theirs": {}})
+    assert swapped.model_dump() == {"ours": THEIRS, "theirs": {}}
+
+
+def test_where_we_have_no_class_a_target_is_needed() -> None:
+    with pytest.raises(ValidationError, match="must be a class of yours"):
+        Extensible.model_validate({"ours": {"depth": 1}, "theirs": {"x": {"base": 2.0}}})
 
 
 def test_a_built_object_is_accepted_as_it_is() -> None:

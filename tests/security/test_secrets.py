@@ -165,6 +165,7 @@ SINKS = [
     "checkpoints/*/*",
     "wandb/*/*.wandb",
     "wandb/*/logs/debug.log",
+    "tensorboard/*",
 ]
 """What a run writes and its test must have looked at."""
 
@@ -192,6 +193,7 @@ def test_nothing_that_a_run_leaves_behind_holds_a_secret(ranks, tiny, guarded, t
         "max_steps=5",
         "checkpoint.every=2",
         "logger.progress=lines",
+        "logger=tensorboard",
         "logger.wandb.mode=offline",
         "callbacks.evaluation.every=5",
         "data.validation_fraction=0.2",

@@ -16,10 +16,11 @@ from llmtrain.config import UserError
 from llmtrain.config.hydra import compose
 from llmtrain.evaluate import main as evaluate_door
 from llmtrain.training.changes import changes, other_text
-from llmtrain.training.checkpoint import checkpoints
+from llmtrain.training.checkpoint import best_step, checkpoints, hide, mark_best
 from llmtrain.training.config import TrainConfig
 from llmtrain.training.early_stop import EarlyStop
 from llmtrain.training.finished import open_finished
+from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.status import status_of
 from tests.ranks import PATCH
 from tests.training.test_changes import record
@@ -134,6 +135,21 @@ def test_patience_without_evaluations_that_are_saved_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=named):
         compose(TrainConfig, [*tiny, *PATIENT, *overrides])
+
+
+def test_the_mark_follows_the_checkpoints_that_are_there(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for step in (2, 4, 6):
+        (run.checkpoints / f"step_{step:08d}").mkdir(parents=True)
+    scores = [(2, 5.0), (3, 1.0), (4, 4.0), (6, 3.0), (8, None)]
+    mark_best(run, scores)
+    assert best_step(run) == 6
+    hide(run.checkpoints / "step_00000006")  # as a rewind does, and the count goes back with it
+    assert best_step(run) is None, "what is marked is gone"
+    mark_best(run, scores[:3])
+    assert (best_step(run), best(tmp_path)["value"]) == (4, 4.0)
+    mark_best(run, [])
+    assert not (tmp_path / "best.json").exists()
 
 
 @pytest.fixture(scope="module")

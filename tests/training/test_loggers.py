@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.config import UserError
 from llmtrain.training import loggers
 from llmtrain.training.loggers import LoggerConfig, Recorder
 from llmtrain.training.run_directory import RunDirectory
@@ -225,6 +226,14 @@ def test_the_yaml_is_whole_and_wandb_is_off_unless_asked_for(
     values = OmegaConf.load(Path(__file__).parents[2] / "conf" / "logger" / "default.yaml")
     config = LoggerConfig.model_validate(OmegaConf.to_container(values, resolve=True))
     assert (config.progress, config.wandb.mode) == ("auto", mode)
+
+
+def test_tensorboard_that_is_not_installed_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoggerConfig(progress="none", wandb=OFFLINE, tensorboard=True, extra={})
+    config.check()
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"logger.tensorboard=true: .*pip install 'llmtrain\[tensorboard\]'"):
+        config.check()
 
 
 def test_loggers_import_neither_wandb_nor_rich_nor_plotly() -> None:

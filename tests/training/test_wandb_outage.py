@@ -26,7 +26,10 @@ from llmtrain.training.loggers import Recorder
 from llmtrain.training.wandb_record import WandbConfig, WandbRecord
 from llmtrain.training.run_directory import RunDirectory
 config = WandbConfig(mode="online", project="p")
-logger = Recorder(WandbRecord(RunDirectory(sys.argv[1]), config, "n", {"a": 1}))
+directory = RunDirectory(sys.argv[1])
+directory.samples.mkdir(parents=True)
+directory.samples_of(30).write_text("a sample, whose table the server is asked about")
+logger = Recorder(WandbRecord(directory, config, "n", {"a": 1}))
 slowest = 0.0
 for step in range(1, 41):
     before = time.perf_counter()
