@@ -64,6 +64,6 @@ def test_a_run_that_is_done_is_a_success(tmp_path):
 
 @pytest.mark.slow
 def test_a_time_limit_through_the_wrapper(tmp_path):
-    limit = ["time_limit=30", "grace_seconds=8"]
+    limit = ["time_limit=60", "grace_seconds=8"]
     end = ending("wrapper", signal.SIGCONT, "wrapper", tmp_path, [*SMALL, *limit])
     assert (end.code, end.left, end.lost) == (85, 0, 0), end.output
