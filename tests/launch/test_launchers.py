@@ -1,4 +1,4 @@
-"""The real launchers start the real door: two ranks by each of them train the same losses."""
+"""The real launchers start the real door: with as many ranks each of them writes the same metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ import pytest
 
 from tests.launch.conftest import LAUNCH
 from tests.ranks import free_port
+from tests.soak.lives import metrics
 
 BIN = Path(sys.executable).parent
 
 
-def commands(port: int) -> dict[str, list[str]]:
+def command(launcher: str, ranks: int) -> list[str]:
+    """Without a launcher there is one rank."""
+    port = str(free_port())
     return {
         "deepspeed": [
-            *(str(BIN / "deepspeed"), "--hostfile", "/dev/null", "--num_gpus", "2"),
-            *("--master_port", str(port), "--module", "llmtrain.train"),
+            *(str(BIN / "deepspeed"), "--hostfile", "/dev/null", "--num_gpus", str(ranks)),
+            *("--master_port", port, "--module", "llmtrain.train"),
         ],
         "torchrun": [
-            *(str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(port)),
+            *(str(BIN / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", port),
             *("-m", "llmtrain.train"),
         ],
         "python": [sys.executable, "-m", "llmtrain.train"],
         "llmtrain": [str(BIN / "llmtrain"), "train"],
-    }
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    }[launcher]
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +39,28 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture
-def expected(ranks, tiny, tmp_path) -> list[float]:
-    ranks.run([*tiny, "max_steps=3", f"output_dir={tmp_path}/expected"], 2, tmp_path)
-    return losses(tmp_path / "expected")
-
-
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python", "llmtrain"])
-def test_a_launcher_starts_the_door(tiny, tmp_path, environment, expected, launcher):
-    command = [*commands(free_port())[launcher], *tiny, "max_steps=3"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("launcher", "world"),
+    [("deepspeed", 2), ("torchrun", 2), ("deepspeed", 1), ("torchrun", 1), ("python", 1), ("llmtrain", 1)],
+)
+def test_a_launcher_starts_the_door(ranks, tiny, tmp_path, environment, launcher, world):
+    """So many ranks write the same metrics.jsonl, whoever starts them; test_slurm.py has srun."""
+    words = [*tiny, "max_steps=3"]
+    ranks.run([*words, f"output_dir={tmp_path}/expected"], world, tmp_path)
+    started = [*command(launcher, world), *words]
+    done = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-6)
+    expected = metrics(tmp_path / "expected")
+    assert metrics(tmp_path / "run") == expected
+    assert [row["step"] for row in expected] == [1, 2, 3]
     assert (tmp_path / "run" / "DONE").exists()
     event = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
-    assert event["ranks"] == (2 if launcher in ("deepspeed", "torchrun") else 1)
+    assert event["ranks"] == world
 
 
-def test_the_environment_of_srun(tiny, tmp_path, environment, expected):
+def test_the_environment_of_srun(ranks, tiny, tmp_path, environment):
+    words = [*tiny, "max_steps=3"]
+    ranks.run([*words, f"output_dir={tmp_path}/expected"], 2, tmp_path)
     port = str(free_port())
     processes = []
     for task in range(2):
@@ -72,10 +75,10 @@ def test_the_environment_of_srun(tiny, tmp_path, environment, expected):
             "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        command = [sys.executable, "-m", "llmtrain.train", *tiny, "max_steps=3"]
-        processes.append(subprocess.Popen(command, cwd=tmp_path, env={**environment, **slurm}))
+        task_words = [sys.executable, "-m", "llmtrain.train", *words]
+        processes.append(subprocess.Popen(task_words, cwd=tmp_path, env={**environment, **slurm}))
     assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-6)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "expected")
 
 
 @pytest.mark.quiet
@@ -85,11 +88,11 @@ def test_nothing_is_left_in_shared_memory():
 
 def test_a_sweep_queues_jobs_of_several_ranks(tiny, tmp_path, environment):
     """Each in a directory of its own."""
-    command = ["bash", str(LAUNCH / "local.sh"), "--multirun", *tiny, "max_steps=1,2"]
+    sweep = ["bash", str(LAUNCH / "local.sh"), "--multirun", *tiny, "max_steps=1,2"]
     scripts = {"LLMTRAIN_SKIP_SETUP": "1", "LLMTRAIN_RANKS": "2", "PYTHONPATH": str(LAUNCH.parent)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment | scripts, capture_output=True, text=True)
+    done = subprocess.run(sweep, cwd=tmp_path, env=environment | scripts, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for number in (0, 1):
         run = tmp_path / f"run-{number}"
-        assert len(losses(run)) == number + 1
+        assert len(metrics(run)) == number + 1
         assert json.loads((run / "events.jsonl").read_text().splitlines()[0])["ranks"] == 2

@@ -14,7 +14,7 @@ import pytest
 from tests.launch.conftest import LAUNCH
 from tests.launch.slurm_cluster import Cluster, missing
 from tests.ranks import RECORD, RankServer
-from tests.soak.lives import beginnings, curve, hashes
+from tests.soak.lives import beginnings, curve, hashes, metrics
 from tests.test_docs import commands
 from tests.training.test_preemption import events
 
@@ -171,13 +171,15 @@ def test_a_job_that_slurm_takes_is_saved_preempted_it_goes_on_and_cancelled_it_i
 def test_srun_needs_no_script(
     cluster: Cluster, checkout: Path, variables: dict[str, str], tiny: list[str], ranks: RankServer
 ):
-    """Its tasks find each other; what they train is what two ranks train, and it ends with their code."""
-    words = [*tiny, "max_steps=3", f"output_dir={checkout}/run"]
-    ranks.run([*words, f"output_dir={checkout}/whole"], 2, checkout)
+    """Its tasks write the metrics.jsonl of as many ranks, and it ends with their code."""
+    words = [*tiny, "max_steps=3"]
     environment = cluster.environment | variables | {"TMPDIR": str(cluster.place / "tmp")}
-    srun = ["srun", *TWO_NODES, "python", "-m", "llmtrain.train"]
-    cluster.ask(*srun, *words, cwd=checkout, env=environment, timeout=240)
-    assert curve(checkout / "run") == curve(checkout / "whole")
+    for world in (1, 2):
+        expected, run = checkout / f"whole-{world}", checkout / f"run-{world}"
+        ranks.run([*words, f"output_dir={expected}"], world, checkout)
+        srun = ["srun", f"--nodes={world}", "--ntasks-per-node=1", "python", "-m", "llmtrain.train"]
+        cluster.ask(*srun, *words, f"output_dir={run}", cwd=checkout, env=environment, timeout=240)
+        assert metrics(run) == metrics(expected)
     mistaken = subprocess.run(
         [*srun, "max_step=3"], cwd=checkout, env=environment, capture_output=True, text=True, timeout=240
     )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -250,6 +250,12 @@ def curve(run: Path) -> dict[int, list[Row]]:
         row = json.loads(line)
         rows.setdefault(row["step"], []).append((row["train/loss"], row["train/grad_norm"], row["train/lr"]))
     return rows
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in full precision, without what the clock says."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if not k.startswith(("perf/", "goodput/"))} for row in rows]
 
 
 def beginnings(run: Path) -> list[int]:
