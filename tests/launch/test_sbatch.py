@@ -1,0 +1,67 @@
+"""launch/slurm.sbatch when a signal comes as its ranks end; no Slurm takes part."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.conftest import LAUNCH, stand_ins, wait_for
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >>"$STAND_IN/scontrol"
+[[ ! ${LATE-} ]] || kill -USR1 $PPID
+"""
+
+
+@pytest.fixture
+def job(start: Callable, environment: dict[str, str], stand_in: Path) -> Callable:
+    """Run the script as a job of one task; `srun` runs its command here, and `scontrol` is noted."""
+    programs = stand_in / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    slurm = {
+        "PATH": f"{programs}:{environment['PATH']}",
+        "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+        "SLURM_JOB_ID": f"test-{os.getpid()}",
+        "SLURM_TASKS_PER_NODE": "1",
+    }
+    return lambda **variables: start("bash", LAUNCH / "slurm.sbatch", **slurm, **variables)
+
+
+def test_a_signal_after_the_ranks_have_ended_changes_nothing(job, stand_in):
+    script = job(CODE="85", LATE="1")
+    errors = script.communicate(timeout=120)[1]
+    assert script.returncode == 85, errors
+    assert (stand_in / "scontrol").read_text().startswith("requeue test-")
+
+
+def test_a_signal_as_the_ranks_end_leaves_their_code(job, stand_in):
+    """Both reach the script at the same instant: it is held while they happen."""
+    script = job(MODE="orderly")
+    wait_for(stand_in / "started-alone")
+    held = psutil.Process(script.pid)
+    (supervisor,) = held.children()
+    held.suspend()
+    supervisor.send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + 60
+    while supervisor.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    script.send_signal(signal.SIGUSR1)
+    held.resume()
+    errors = script.communicate(timeout=60)[1]
+    assert script.returncode == 85, errors
+    assert "stopped and saved: queueing again" in errors
+    assert stand_ins(stand_in) == []
