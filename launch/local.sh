@@ -36,6 +36,8 @@ if [[ ! $(timeout 20 nvidia-smi -L 2>/dev/null || true) =~ GPU\ [0-9]+: ]]; then
 elif [[ $visible == all ]]; then
     job+=(--num_gpus "$ranks" --module)
 elif [[ $visible =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+    commas=${visible//[0-9]/}
+    ((ranks <= ${#commas} + 1)) || fail "LLMTRAIN_RANKS=$ranks, but CUDA_VISIBLE_DEVICES=$visible"
     # --num_gpus would take the GPUs from 0 on, whatever the variable says.
     unset CUDA_VISIBLE_DEVICES
     job+=(--include "localhost:$(cut -d, -f "1-$ranks" <<<"$visible")" --module)

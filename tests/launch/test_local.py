@@ -115,6 +115,13 @@ def test_the_gpus_that_are_visible_are_used(gpus, tmp_path, visible, chosen):
     assert f" {chosen} --module llmtrain.train a=1" in called
 
 
+def test_more_ranks_than_visible_gpus_are_refused(gpus, tmp_path):
+    result = run(gpus, LLMTRAIN_RANKS="3", CUDA_VISIBLE_DEVICES="4,5")
+    assert (result.returncode, result.stderr.count("\n")) == (78, 1)
+    assert "LLMTRAIN_RANKS=3, but CUDA_VISIBLE_DEVICES=4,5" in result.stderr
+    assert not (tmp_path / "called").exists()
+
+
 @pytest.mark.parametrize("visible", ["", "-1", "GPU-8a2f", "MIG-8a2f"])
 def test_one_rank_without_gpu_numbers_needs_no_launcher(gpus, stand_in, tmp_path, visible):
     assert run(gpus, "a=1", ANSWER="1", CUDA_VISIBLE_DEVICES=visible).returncode == 0
