@@ -177,7 +177,7 @@ def is_done(config: TrainConfig) -> bool:
     if config.resume == "never" or not (directory.done.exists() and found):
         return False
     step, newest = found[-1]
-    if step < config.max_steps and not has_stopped(config, newest):
+    if step < config.max_steps and not has_stopped(config, directory, newest):
         return False
     key = "max_steps" if step >= config.max_steps else "callbacks.evaluation.patience"
     logger.info(

@@ -16,6 +16,7 @@ from llmtrain.training.checkpoint import DamagedError, Score, read_record
 
 if TYPE_CHECKING:
     from llmtrain.training.config import TrainConfig
+    from llmtrain.training.run_directory import RunDirectory
 
 
 class EarlyStop:
@@ -54,14 +55,22 @@ class EarlyStop:
         return self._patience is not None and self._waited >= self._patience
 
 
-def has_stopped(config: TrainConfig, checkpoint: Path) -> bool:
-    """Whether a run ended early at a checkpoint; one that is damaged is no end."""
+def has_stopped(config: TrainConfig, directory: RunDirectory, checkpoint: Path) -> bool:
+    """Whether a run ended early at its checkpoint; one that is damaged is no end.
+
+    An evaluation that a stop cut short is made up for when the checkpoint stands already: an event has it.
+    """
     if config.callbacks.evaluation.patience is None:
         return False
     try:
-        return early_stop_of(config, read_record(checkpoint)).is_due
+        saved = read_record(checkpoint)
     except DamagedError:
         return False
+    stop = early_stop_of(config, saved)
+    for event in reversed(directory.read_events()):
+        if event["event"] == "evaluation" and event["step"] == saved["step"]:
+            stop.add(event["step"], event["bits_per_byte"])
+    return stop.is_due
 
 
 def early_stop_of(

@@ -69,7 +69,8 @@ def _loop(run: Run, batches: Batches) -> None:
     every = run.config.checkpoint.every
     late: Launched | None = None
     completed = False
-    _catch_up(run, [callback for callback in run.callbacks if callback.is_owed(run)])
+    if not run.finished:  # else all that is due is done below
+        _catch_up(run, [callback for callback in run.callbacks if callback.is_owed(run)])
     _go(run)
     while not (run.finished or run.stop.agreed):
         due = [callback for callback in run.callbacks if callback.is_due(run, run.step + 1)]

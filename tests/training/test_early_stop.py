@@ -23,6 +23,7 @@ from llmtrain.training.finished import open_finished
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.status import status_of
 from tests.ranks import PATCH
+from tests.training.faults import STEP
 from tests.training.test_changes import record
 from tests.training.test_resume import records
 
@@ -39,6 +40,7 @@ PATIENT = [
 ]
 PRESCRIBED = {PATCH: "tests.training.test_early_stop:prescribed_scores"}
 STOPPED_ONCE = {PATCH: "tests.training.test_early_stop:asked_to_stop_while_it_evaluates"}
+"""After which step, STEP says."""
 
 
 def prescribed_scores() -> None:
@@ -62,7 +64,7 @@ def prescribed_scores() -> None:
 
 
 def asked_to_stop_while_it_evaluates() -> None:
-    """SIGTERM comes when the evaluation after step 8 begins."""
+    """SIGTERM comes when the evaluation after a step begins."""
     import os
 
     from llmtrain.training.callbacks import evaluation
@@ -71,7 +73,7 @@ def asked_to_stop_while_it_evaluates() -> None:
     before = evaluation.EvaluationCallback.after_step
 
     def after_step(self: Any, run: Any, line: dict[str, Any]) -> None:
-        if run.step == 8:
+        if run.step == int(os.environ[STEP]):
             os.kill(os.getpid(), signal.SIGTERM)
         before(self, run, line)
 
@@ -240,12 +242,23 @@ def test_a_killed_run_stops_after_the_same_step(ranks, tiny, tmp_path, stopped) 
     assert saved(run) == saved(stopped)
 
 
-def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(ranks, tiny, tmp_path, stopped) -> None:
-    run = tmp_path / "run"
-    job = ranks.start([*tiny, *PATIENT], 1, tmp_path, STOPPED_ONCE)
+@pytest.mark.parametrize("step", [8, 10])
+def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(ranks, tiny, tmp_path, stopped, step) -> None:
+    run, arguments = tmp_path / "run", [*tiny, *PATIENT]
+    job = ranks.start(arguments, 1, tmp_path, {**STOPPED_ONCE, STEP: str(step)})
     assert job.wait() == [85], job.output()
-    assert [event["step"] for event in events(run, "evaluation")] == [2, 4, 6]
-    ranks.run([*tiny, *PATIENT], 1, tmp_path, PRESCRIBED)
+    assert [event["step"] for event in events(run, "evaluation")] == list(range(2, step, 2))
+    ranks.run(arguments, 1, tmp_path, PRESCRIBED)
     assert [event["step"] for event in events(run, "evaluation")] == [2, 4, 6, 8, 10, 10]
     assert max(records(run)) == 10
     assert best(run) == best(stopped)
+    job = ranks.run(arguments, 1, tmp_path, PRESCRIBED)
+    assert "already trained to step 10" in job.output(), "the end is known, also if no checkpoint has it"
+
+
+def test_the_last_evaluation_is_made_up_for_once(ranks, tiny, tmp_path) -> None:
+    arguments = [*tiny, *PATIENT, "max_steps=4"]
+    job = ranks.start(arguments, 1, tmp_path, {**STOPPED_ONCE, STEP: "4"})
+    assert job.wait() == [85], job.output()
+    ranks.run(arguments, 1, tmp_path, PRESCRIBED)
+    assert [event["step"] for event in events(tmp_path / "run", "evaluation")] == [2, 4]
