@@ -186,6 +186,9 @@ def test_time_left_is_the_pace_of_this_process_with_what_is_between_the_steps(en
         {**lines[1], "step": 4, "goodput/productive_seconds": 6.0, "goodput/checkpoint_seconds": 1.0}
     )
     assert status_module._seconds_left(lines, 10) == 6 * (4 + 1) / 2, "not the time between two processes"
+    evaluated = {"step": 0, "eval/loss": 3.0}  # of the checkpoint that the run begins from
+    assert status_module._seconds_left([evaluated, *lines], 10) == 15.0
+    assert status_module._seconds_left([evaluated], 10) is None
 
 
 def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

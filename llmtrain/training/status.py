@@ -180,8 +180,14 @@ def _crash(directory: RunDirectory, since: str) -> Line | None:
     return min(found, key=lambda crash: (crash["secondary"], crash["time"]), default=None)
 
 
-def _seconds_left(lines: Sequence[Line], max_steps: int) -> float:
-    """At the pace of the newest lines of this process, evaluations and saves included."""
+def _seconds_left(lines: Sequence[Line], max_steps: int) -> float | None:
+    """At the pace of the newest lines of this process, evaluations and saves included; None before a step.
+
+    A line that has only an evaluation, of a checkpoint that a run begins from, is no step.
+    """
+    lines = [line for line in lines if "perf/step_seconds" in line]
+    if not lines:
+        return None
     last = lines[-1]
 
     def spent(line: Line, *parts: Part) -> float:
