@@ -40,8 +40,9 @@ class Graphs:
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Graphs of other tests are forgotten, before and after."""
+    """Graphs of other tests are forgotten, before and after, and torch's functions as ZeRO-3 wrapped them."""
     torch._dynamo.reset()
+    torch._dynamo.trace_rules.clear_lru_cache()
     yield
     torch._dynamo.reset()
 

@@ -111,7 +111,7 @@ def tensorboard_files(run: Path) -> Any:
 
 
 def console(run: Path) -> Any:
-    return "loss" in printed(run)
+    return printed(run).count("loss")
 
 
 def printed(run: Path) -> str:

@@ -129,7 +129,7 @@ def test_max_steps_below_the_checkpoint_is_said(ranks, tiny, tmp_path):
     (tmp_path / "run" / "DONE").unlink()
     for steps in (2, 3):
         job = ranks.run([*tiny, f"max_steps={steps}"], 1, tmp_path)
-        line = f"nothing to train: the checkpoint is at step 3, max_steps={steps}; raise max_steps to go on"
+        line = "nothing to train: the checkpoint is at step 3; raise max_steps to go on"
         assert job.output().splitlines().count(line) == 1
         (tmp_path / "run" / "DONE").unlink()
     job = ranks.run([*tiny, "max_steps=4"], 1, tmp_path)
