@@ -325,8 +325,9 @@ def run(file: Path, overrides: list[str]) -> int:
         found = look(hosts)
     finally:
         _, errors = config.communicate()
+        if config.returncode:  # told beside what is wrong with the hosts
+            sys.stderr.write(errors.decode())
     if config.returncode:
-        sys.stderr.write(errors.decode())
         return config.returncode
     asked = bool(REQUEUES.intersection(received))
     if received:

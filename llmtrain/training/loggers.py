@@ -151,7 +151,8 @@ class Recorder:
         self._thread.start()
 
     def log(self, line: Mapping[str, Any]) -> None:
-        self._lines.put(dict(line))
+        if not self._done.is_set():  # else it has failed, and nobody reads them
+            self._lines.put(dict(line))
 
     def close(self) -> None:
         self._lines.put(None)

@@ -70,6 +70,20 @@ def test_what_differs_is_told(hostfile, there, says):
     assert bool(told) == bool(says)
 
 
+def test_a_mistake_in_the_config_is_told_beside_one_of_the_hosts(hostfile, tmp_path, monkeypatch, capfd):
+    def look(hosts: dict[str, int]) -> None:
+        raise hostfile.HostsError("a cannot be reached")
+
+    monkeypatch.setattr(hostfile, "look", look)
+    monkeypatch.setattr(hostfile, "listen", list)
+    monkeypatch.setattr(hostfile.shutil, "which", str)
+    file = tmp_path / "hosts.txt"
+    file.write_text("a slots=1")
+    with pytest.raises(hostfile.HostsError, match="a cannot be reached"):
+        hostfile.run(file, ["seq_lenn=3"])
+    assert "seq_lenn" in capfd.readouterr().err
+
+
 def test_slots_are_gpus_where_any_host_has_some(hostfile):
     assert hostfile.wrong_slots(8, 8, True) == hostfile.wrong_slots(4, 8, True) == ""
     assert hostfile.wrong_slots(2, 0, False) == ""  # ranks on CPUs

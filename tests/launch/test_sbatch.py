@@ -37,7 +37,20 @@ def job(start: Callable, environment: dict[str, str], stand_in: Path) -> Callabl
         "SLURM_JOB_ID": f"test-{os.getpid()}",
         "SLURM_TASKS_PER_NODE": "1",
     }
-    return lambda **variables: start("bash", LAUNCH / "slurm.sbatch", **slurm, **variables)
+    return lambda **variables: start("bash", LAUNCH / "slurm.sbatch", **(slurm | variables))
+
+
+@pytest.mark.parametrize(("sent", "queued"), [("USR1", True), ("TERM", False)])
+def test_a_signal_while_it_sets_up_ends_it_in_order(job, stand_in, sent, queued):
+    repository = stand_in / "repository"
+    (repository / "launch").mkdir(parents=True)
+    (repository / "launch" / "supervise.py").write_text("raise SystemExit('started all the same')")
+    (repository / "launch" / "setup.sh").write_text(f"kill -{sent} $$; sleep 0.1\n")
+    script = job(SLURM_SUBMIT_DIR=str(repository))
+    errors = script.communicate(timeout=60)[1]
+    assert script.returncode == 85, errors
+    assert "started" not in errors
+    assert (stand_in / "scontrol").exists() == queued
 
 
 def test_a_signal_after_the_ranks_have_ended_changes_nothing(job, stand_in):
