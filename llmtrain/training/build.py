@@ -236,9 +236,6 @@ def build_run(
     heart = heart or Heart()
     heart.beat("build")
     tokenizer, step, changed = prepared.tokenizer, 0, list[Change]()
-    judged: Sequence[Sequence[float]] = ()
-    skipped = 0
-    early_stop = early_stop_of(config, None)
     train_sources, held_out = open_alike(prepared)
     rewinds = rewinds_of(config, world, directory)
     dataset = build_dataset(config, train_sources, rewinds)
@@ -246,15 +243,12 @@ def build_run(
     heart.beat("verify")
     with distributed.patience():
         chosen = choose(config.resume, directory.checkpoints, world, tick=lambda: heart.beat("verify"))
-    checkpoint = chosen.path if chosen else None
+    checkpoint, saved = (chosen.path, chosen.record) if chosen else (None, {})
     if chosen is not None:
-        saved = chosen.record
         changed = changes(saved, describe_run(config, world, tokenizer.fingerprint, precision))
         check_changes(chosen.path, changed, config.resume_changes)
         tell_changes(chosen.path, changed)
         dataset, step = dataset.resumed(saved["data"]), saved["step"]
-        judged, skipped = saved.get("spikes", ()), saved.get("left_out", 0)
-        early_stop = early_stop_of(config, saved, changed)
     size = checkpoint_bytes(Model.of(config, tokenizer.vocab_size))
     check_space(directory.checkpoints, size, config.checkpoint, evaluated=bool(held_out))
     heart.beat("build")
@@ -286,10 +280,10 @@ def build_run(
         clock=StepClock(engine.device, step),
         heart=heart,
         corruption=CorruptionCheck(config.corruption_check),
-        spikes=SpikeDetector(config.spikes, judged),
-        skipped=skipped,
+        spikes=SpikeDetector(config.spikes, saved.get("spikes", ())),
+        skipped=saved.get("left_out", 0),
         rewinds=rewinds,
-        early_stop=early_stop,
+        early_stop=early_stop_of(config, saved, changed),
         began=step,
         step=step,
         waits=any(distributed.gather_objects(prepared.is_remote or not prepared.complete)),

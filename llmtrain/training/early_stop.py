@@ -73,10 +73,8 @@ def has_stopped(config: TrainConfig, directory: RunDirectory, checkpoint: Path) 
     return stop.is_due
 
 
-def early_stop_of(
-    config: TrainConfig, saved: Mapping[str, Any] | None, changed: Sequence[Change] = ()
-) -> EarlyStop:
+def early_stop_of(config: TrainConfig, saved: Mapping[str, Any], changed: Sequence[Change] = ()) -> EarlyStop:
     """What the evaluations so far come to; of other text than today's they do not count."""
     evaluation = config.callbacks.evaluation
-    scores = saved.get("scores", ()) if saved and not other_text(changed) else ()
+    scores = saved.get("scores", ()) if not other_text(changed) else ()
     return EarlyStop(evaluation.patience, evaluation.min_delta, scores)

@@ -78,7 +78,7 @@ class _Report:
         written = directory.read_metrics()
         self.lines = by_step(written)
         self.events = directory.read_events()
-        self.goodput = goodput_section(written, self.events, span)
+        self.goodput = goodput_section(written, self.events)
         self.data: Mapping[str, Any] = directory.read_json("data.json") or {}
         self.best: Mapping[str, Any] = directory.read_json("best.json") or {}
         self.heldout: Mapping[str, Any] = directory.read_json("eval/heldout.json") or {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,6 +16,7 @@ from llmtrain.training.goodput import (
     seconds_of,
 )
 from llmtrain.training.report_page import table
+from llmtrain.training.words import percent, span
 
 MEANING = {
     "productive": "steps that were trained for the first time",
@@ -33,21 +34,21 @@ MOST_STARTS = 12
 Line = Mapping[str, Any]
 
 
-def goodput_section(lines: Sequence[Line], events: Sequence[Line], span: Callable[[float], str]) -> str:
+def goodput_section(lines: Sequence[Line], events: Sequence[Line]) -> str:
     """A bar and a table by part, what the starts took, and the interval to save at; lines in file order."""
     seconds = seconds_of(lines)
     total = sum(seconds.values())
     if not total:
         return ""
     rows = [
-        [f"{_dot(part)}{part}", MEANING[part], span(seconds[part]), _percent(seconds[part] / total)]
+        [f"{_dot(part)}{part}", MEANING[part], span(seconds[part]), percent(seconds[part] / total)]
         for part in PARTS
         if seconds[part] or part == "productive"
     ]
     rows.append(["all", "since the first process began", span(total), ""])
     advice = advise(events, seconds)
     steps = [line["perf/step_seconds"] for line in lines if line.get("perf/step_seconds")]
-    said = f"<p class=soft>{_advice(advice, median(steps), span)}</p>" if advice and steps else ""
+    said = f"<p class=soft>{_advice(advice, median(steps))}</p>" if advice and steps else ""
     head = ["time", "spent on", "", "share"]
     card = f"<div class=card>{_bar(seconds, total)}{table(head, rows, words=('spent on',))}</div>"
     return f"<h2>Goodput</h2>{said}{card}{_starts(events)}"
@@ -55,7 +56,7 @@ def goodput_section(lines: Sequence[Line], events: Sequence[Line], span: Callabl
 
 def _bar(seconds: Mapping[str, float], total: float) -> str:
     parts = "".join(
-        f'<span title="{part} {_percent(seconds[part] / total)}" '
+        f'<span title="{part} {percent(seconds[part] / total)}" '
         f'style="width:{100 * seconds[part] / total:.3f}%;background:var(--{COLORS[part]})"></span>'
         for part in PARTS
     )
@@ -75,7 +76,7 @@ def _starts(events: Sequence[Line]) -> str:
     return f"<p class=soft>Seconds from the start of a process to its training:</p>{card}"
 
 
-def _advice(advice: Advice, step_seconds: float, span: Callable[[float], str]) -> str:
+def _advice(advice: Advice, step_seconds: float) -> str:
     def every(seconds: float) -> str:
         return f"{span(seconds)} ({max(1, round(seconds / step_seconds)):,} steps)"
 
@@ -88,14 +89,10 @@ def _advice(advice: Advice, step_seconds: float, span: Callable[[float], str]) -
         )
     return (
         f"A save stops training for {advice.cost:.2f} s. With {between}, saving every {every(advice.young)} "
-        f"loses least, {_percent(advice.loss)} of the time (Young); to higher order every "
+        f"loses least, {percent(advice.loss)} of the time (Young); to higher order every "
         f"{every(advice.daly)} (Daly)."
     )
 
 
 def _dot(part: Part) -> str:
     return f'<span class=dot style="background:var(--{COLORS[part]})"></span>'
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -13,7 +13,7 @@ MOST_SAMPLES = 12
 
 def samples_section(directory: Path) -> str:
     """The newest samples, and a few earlier ones folded away; empty where there are none."""
-    files = sorted(directory.glob("step_*.txt"), key=step_of)
+    files = sample_files(directory)
     if not files:
         return ""
     *earlier, last = files
@@ -24,6 +24,11 @@ def samples_section(directory: Path) -> str:
     what = "Earlier samples" if few == earlier else f"{len(few)} of {len(earlier)} earlier samples"
     more = f"<details><summary>{what}</summary>{inner}</details>" if few else ""
     return f"<h2>Samples after step {step_of(last)}</h2><div class=card>{_sample(last)}</div>{more}"
+
+
+def sample_files(directory: Path) -> list[Path]:
+    """The files of samples in the order of their steps."""
+    return sorted(directory.glob("step_*.txt"), key=step_of)
 
 
 def spread(items: Sequence[Path], most: int) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrain.training.report_samples import MOST_SAMPLES, read_samples, spread, step_of
+from llmtrain.training.report_samples import MOST_SAMPLES, read_samples, sample_files, spread, step_of
 from llmtrain.training.run_directory import RunDirectory
 
 
@@ -19,7 +19,7 @@ class Table:
 
 def samples_table(directory: RunDirectory) -> Table | None:
     """What the model wrote, a row a prompt and step, of at most a dozen steps; None where there is none."""
-    files = spread(sorted(directory.samples.glob("step_*.txt"), key=step_of), MOST_SAMPLES)
+    files = spread(sample_files(directory.samples), MOST_SAMPLES)
     rows = [[step_of(file), prompt, text] for file in files for prompt, text in read_samples(file)]
     return Table(("step", "prompt", "continuation"), rows) if rows else None
 
