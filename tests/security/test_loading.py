@@ -18,6 +18,7 @@ from llmtrain.config.hydra import compose
 from llmtrain.data.megatron import MegatronIndex
 from llmtrain.data.shards import ShardedSource
 from llmtrain.evaluate import main as evaluate
+from llmtrain.model.huggingface.stored import stored_in
 from llmtrain.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from llmtrain.train import main as train
 from llmtrain.training.checkpoint.choosing import newest_verified, verified_checkpoint
@@ -167,6 +168,15 @@ def test_a_pickle_in_a_model_s_directory_is_refused(llama, tmp_path, marker, for
     (directory / name).write_bytes(form(marker))
     with pytest.raises(UserError, match=name.split(".")[0]):
         theirs.ours(directory)
+
+
+def test_bytes_that_are_no_weights_are_one_line_whatever_they_begin_with(tmp_path, marker):
+    """Each opcode of pickle, and none: torch's reader runs into IndexError, AttributeError, KeyError, ..."""
+    rest = FORMS["in_a_safetensors_header"](marker)[1:]
+    for first in range(256):
+        (tmp_path / "pytorch_model.bin").write_bytes(bytes([first]) + rest)
+        with pytest.raises(UserError, match="cannot be read as weights"):
+            stored_in(tmp_path)
 
 
 @each_form

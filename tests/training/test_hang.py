@@ -46,10 +46,10 @@ def wait_for_step(job: Job, run: Path, step: int) -> None:
         time.sleep(0.05)
 
 
-def wait_for_heartbeat(job: Job, run: Path, rank: int) -> None:
-    """Until the rank's own file says that it trains: it is written every tenth of `hang_timeout`."""
+def wait_for_heartbeat(job: Job, run: Path, rank: int, step: int) -> None:
+    """Until the rank's own file says that it is at the step: it is written every tenth of `hang_timeout`."""
     file, deadline = run / "heartbeats" / f"rank_{rank:05d}.json", time.monotonic() + 120
-    while not (file.exists() and json.loads(file.read_text())["step"] >= 1):
+    while not (file.exists() and json.loads(file.read_text())["step"] >= step):
         assert time.monotonic() < deadline, job.output()
         time.sleep(0.05)
 
@@ -67,10 +67,11 @@ def the_verdict(run: Path, job: Job, ranks: list[int]) -> str:
 
 
 def test_a_rank_that_is_stopped_is_named(ranks, tiny, tmp_path):
-    common = [*tiny, "max_steps=300", "checkpoint.every=5", "scheduler=constant", f"hang_timeout={TIMEOUT}"]
-    job, run = ranks.start(common, 2, tmp_path), tmp_path / "run"
+    common = [*tiny, "checkpoint.every=300", "scheduler=constant", f"hang_timeout={TIMEOUT}"]
+    ranks.run([*common, "max_steps=5"], 2, tmp_path)  # its save is the only one: no step waits in another
+    job, run = ranks.start([*common, "max_steps=300"], 2, tmp_path), tmp_path / "run"
     wait_for_step(job, run, 7)
-    wait_for_heartbeat(job, run, 1)
+    wait_for_heartbeat(job, run, 1, 7)
     os.kill(job.pids[1], signal.SIGSTOP)
     stopped = time.monotonic()
     while job.codes()[0] is None:
