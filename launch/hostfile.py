@@ -11,6 +11,7 @@ starts all nodes are asked at once (probe.py); what is wrong is a line a node, e
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import os
 import re
@@ -52,10 +53,16 @@ SIGNAL_SECONDS = 30
 LAST_WORD_SECONDS = 10.0  # a failed node's peers may say more than that they were stopped
 SSH = "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=10", "-oServerAliveCountMax=3"
 EXPORTED = (
-    "AWS_", "DS_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "LLMTRAIN_", "MKL_", "MLFLOW_", "NCCL_", "OMP_", "PATH",
-    "PYTHON", "PYTORCH_", "TORCH_", "UCX_", "WANDB_",
+    "AWS_", "DS_", "FI_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "LLMTRAIN_", "MKL_", "MLFLOW_", "NCCL_", "OMP_",
+    "PATH", "PYTHON", "PYTORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_", "TRITON_", "UCX_", "WANDB_",
 )  # fmt: skip
-HOST = re.compile(r"(?P<host>[\w.@-]+)\s+slots=(?P<slots>[1-9]\d*)")
+PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
+LOCAL = re.compile(r"(TRITON|TORCHINDUCTOR)_\w*(DIR|HOME)")
+"""How kernels are compiled must be the same on all hosts; where they are kept is each one's own, as TMPDIR."""
+HOST = re.compile(
+    r"(?P<user>[\w.-]+@)?((?P<name>[\w.-]+)|(?P<left>\[)?(?P<address>[\da-fA-F:.]+(%[\w.-]+)?)(?(left)\]))"
+    r"\s+slots=(?P<slots>[1-9]\d*)"
+)
 CODE = re.compile(r"pdsh@\S+: (?P<host>\S+): ssh exited with exit code (?P<code>\d+)")
 V = TypeVar("V")
 
@@ -68,18 +75,29 @@ class HostsError(Exception):
         self.lines = lines
 
 
+def read_line(text: str) -> tuple[str, int]:
+    """Host, an IPv6 address without its brackets, and ranks; ValueError if these are not what it says."""
+    found = HOST.fullmatch(text)
+    if found is None:
+        raise ValueError(text)
+    name = found["name"] or str(ipaddress.IPv6Address(found["address"]))
+    return (found["user"] or "") + name, int(found["slots"])
+
+
 def read_hosts(file: Path) -> dict[str, int]:
     """{host: ranks} in the order of the file."""
     hosts: dict[str, int] = {}
     for number, line in enumerate(file.read_text().splitlines(), 1):
         text = line.partition("#")[0].strip()
-        found = HOST.fullmatch(text)
-        if text and not found:
-            raise HostsError(f"{file}, line {number}: {text!r} must be `<host> slots=<ranks>`")
-        if found and found["host"] in hosts:
-            raise HostsError(f"{file}, line {number}: {found['host']} is there already; add up its slots")
-        if found:
-            hosts[found["host"]] = int(found["slots"])
+        if not text:
+            continue
+        try:
+            host, slots = read_line(text)
+        except ValueError:
+            raise HostsError(f"{file}, line {number}: {text!r} must be `<host> slots=<ranks>`") from None
+        if host in hosts:
+            raise HostsError(f"{file}, line {number}: {host} is there already; add up its slots")
+        hosts[host] = slots
     if not hosts:
         raise HostsError(f"{file}: no hosts; a line is `<host> slots=<ranks>`")
     return hosts
@@ -114,6 +132,7 @@ def answer(host: str, command: list[str], text: str) -> str:
             input=text,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=ANSWER_SECONDS,
             start_new_session=True,
         )
@@ -134,7 +153,14 @@ def facts(host: str, command: list[str]) -> dict[str, Any]:
     search = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     arguments = f"{str(Path.cwd())!r}, {search!r}, {str(LAUNCH.parent)!r}"
     program = f"{(LAUNCH / 'probe.py').read_text()}\nimport json\nprint(json.dumps(facts({arguments})))\n"
-    return json.loads(answer(host, command, program).splitlines()[-1])
+    said = answer(host, command, program).splitlines()
+    found = [line for line in said if line.startswith('{"directory": ')]  # start-up files may say more
+    if not found:
+        raise HostsError(
+            f"{host}: `{command[-1]}` printed {said[-1] if said else 'nothing'!r} there, not what was asked: "
+            "does a start-up file of the shell, or sshd's ForceCommand, end or replace it?"
+        )
+    return json.loads(found[-1])
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
@@ -184,10 +210,15 @@ def look(hosts: Mapping[str, int]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def is_exported(key: str) -> bool:
+    """Whether the ranks of all hosts get this variable without being asked."""
+    return key.lower() in PROXIES or (key.startswith(EXPORTED) and not LOCAL.fullmatch(key))
+
+
 def exported() -> dict[str, str]:
     """What of this environment the ranks get, and what the files say that DeepSpeed's launcher reads."""
     named = set(os.environ.get("LLMTRAIN_EXPORT", "").split())
-    chosen = {key: value for key, value in os.environ.items() if key.startswith(EXPORTED) or key in named}
+    chosen = {key: value for key, value in os.environ.items() if is_exported(key) or key in named}
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     for file in (Path.home() / name, Path(name)):
         lines = file.read_text().splitlines() if file.is_file() else []
@@ -239,11 +270,14 @@ class Nodes:
         if failed:
             self.pdsh(f"rm -rf {self.folder}-%n").wait()
             raise HostsError(*(line for mistake in failed for line in mistake.lines))
-        say(f"{len(order)} hosts, {sum(self.hosts.values())} ranks, rank 0 on {order[0]} at {address}:{port}")
+        end_point = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        say(f"{len(order)} hosts, {sum(self.hosts.values())} ranks, rank 0 on {order[0]} at {end_point}")
 
     def words(self, remote: str, *options: str) -> list[str]:
-        """pdsh that runs `remote` in the shell of each host; %n is the host's number."""
-        return ["pdsh", "-R", "ssh", "-f", "1024", *options, "-w", ",".join(self.hosts), remote]
+        """pdsh that runs `remote` in sh on each host, a child of sshd; %n is the host's number."""
+        hosts = ",".join(f"ssh:{host}" for host in self.hosts)  # else `me@fd00::1` has a colon too many
+        word = f"exec {shlex.join(['sh', '-c', remote])}"  # the user's own shell may be another
+        return ["pdsh", "-R", "ssh", "-f", "1024", *options, "-w", hosts, word]
 
     def pdsh(self, remote: str) -> subprocess.Popen[bytes]:
         """Run something short on each host, beside the job."""
@@ -335,7 +369,7 @@ def run(file: Path, overrides: list[str]) -> int:
     nodes = Nodes(hosts)
     nodes.hand_over(found, overrides)
     os.environ["PDSH_SSH_ARGS_APPEND"] = shlex.join(ssh_words()[1:])
-    remote = f"exec {shlex.join([sys.executable, str(LAUNCH / 'node.py')])} {nodes.folder}-%n"
+    remote = f"exec {shlex.join([sys.executable, str(LAUNCH / 'node.py')])} {nodes.folder}-%n $PPID"
     with closing(Told()) as told:
         job = Job(nodes.words(remote, "-S"), told, time.time(), stderr=subprocess.PIPE)
         reader = threading.Thread(target=nodes.read, args=(job.process.stderr,))

@@ -2,7 +2,6 @@
 # Train on this machine: on every visible GPU that the batch divides over, or in one CPU process.
 #
 #   bash launch/local.sh experiment=quickstart max_steps=50
-#   bash launch/local.sh --help
 #
 #   CUDA_VISIBLE_DEVICES=0,1  only these GPUs
 #   LLMTRAIN_RANKS=2          this many processes (two on a CPU, say)
@@ -10,6 +9,7 @@
 #   and those of launch/setup.sh
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$launch/usage.sh" "$@"
 source "$launch/setup.sh"
 
 fail() { printf 'local: %s\n' "$*" >&2; exit 78; }

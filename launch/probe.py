@@ -75,7 +75,7 @@ def free_port() -> int:
 def network(reached: str) -> dict[str, str]:
     """The address that other nodes know this one by, and its interface.
 
-    That is the one by which ssh came, unless that was the loopback: then the first of another interface.
+    That is the one by which ssh came, unless that is of this host or link alone: then the first that is not.
     """
     import psutil
 
@@ -86,5 +86,5 @@ def network(reached: str) -> dict[str, str]:
         if entry.family in (socket.AF_INET, socket.AF_INET6)
     }
     outside = [address for address in found if not address.startswith(("127.", "::1", "fe80:", "169.254."))]
-    address = reached if reached in outside else (outside or [""])[0]
+    address = reached if reached in outside else (outside or [reached])[0]
     return {"address": address, "interface": found.get(address, "")}

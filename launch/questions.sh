@@ -2,7 +2,7 @@
 # LLMTRAIN_JOB is how a sweep starts each of them.
 for argument in "$@"; do
     case $argument in
-        -h | --help | --hydra-help | --version | -c | --cfg | --cfg=* | -i | --info | --info=* | -m | --multirun)
+        --hydra-help | --version | -c | --cfg | --cfg=* | -i | --info | --info=* | -m | --multirun)
             exec python -m llmtrain.train "$@"
             ;;
     esac

@@ -62,7 +62,7 @@ def ip(*words: str) -> None:
 
 @dataclass
 class Hosts:
-    """Hosts `a` (10.77.0.1) and `b` (10.77.0.2); `gone` is an address that nobody has."""
+    """Hosts `a` (10.77.0.1, fd77::1) and `b` (.2, ::2); `gone` is an address that nobody has."""
 
     folder: Path
     daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -85,6 +85,7 @@ class Hosts:
         for number, name in enumerate("ab", 1):
             ip("-n", self.space(name), "link", "set", "lo", "up")
             ip("-n", self.space(name), "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            ip("-n", self.space(name), "addr", "add", f"fd77::{number}/64", "dev", "eth0", "nodad")
             ip("-n", self.space(name), "link", "set", "eth0", "up")
             self.listen(name)
 

@@ -22,8 +22,13 @@ def hostfile(monkeypatch) -> Any:
 
 def test_hosts_are_read_in_order(hostfile, tmp_path):
     file = tmp_path / "hosts.txt"
-    file.write_text("# all of them\nnode-1 slots=8\n\nme@node-2.example slots=4  # half\n")
-    assert list(hostfile.read_hosts(file).items()) == [("node-1", 8), ("me@node-2.example", 4)]
+    file.write_text("# all of them\nnode-1 slots=8\n\nme@node-2.example slots=4  # half\n10.0.0.3 slots=1\n")
+    with file.open("a") as lines:
+        lines.write("fd00::4 slots=8\n[fd00::5] slots=8\nme@[fe80::6%eth0] slots=8\n")
+    assert list(hostfile.read_hosts(file).items()) == [
+        *(("node-1", 8), ("me@node-2.example", 4), ("10.0.0.3", 1)),
+        *(("fd00::4", 8), ("fd00::5", 8), ("me@fe80::6%eth0", 8)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +37,11 @@ def test_hosts_are_read_in_order(hostfile, tmp_path):
         ("a slots=1\nb slot=2", "line 2: 'b slot=2' must be `<host> slots=<ranks>`"),
         ("a slots=0", "line 1: 'a slots=0' must be"),
         ("a[1-3] slots=1", "line 1: 'a[1-3] slots=1' must be"),
+        ("node:22 slots=1", "line 1: 'node:22 slots=1' must be"),
+        ("abc:22 slots=1", "line 1: 'abc:22 slots=1' must be"),
+        ("[fd00::1 slots=1", "line 1: '[fd00::1 slots=1' must be"),
         ("a slots=1\na slots=2", "line 2: a is there already"),
+        ("fd00::1 slots=1\n[fd00:0::1] slots=2", "line 2: fd00::1 is there already"),
         ("# nothing", "no hosts; a line is"),
     ],
 )
@@ -41,6 +50,18 @@ def test_a_wrong_line_is_named(hostfile, tmp_path, text, line):
     file.write_text(text)
     with pytest.raises(hostfile.HostsError, match=f"hosts.txt.*{hostfile.re.escape(line)}"):
         hostfile.read_hosts(file)
+
+
+@pytest.mark.parametrize(("prints", "said"), [("", "nothing"), ("echo welcome to a", "welcome to a")])
+def test_a_host_that_runs_no_command_is_named(hostfile, prints, said):
+    """The start-up files of its shell end it, say."""
+    with pytest.raises(hostfile.HostsError, match=f"^a: .* printed '{said}' there"):
+        hostfile.facts("a", ["sh", "-c", f"cat >/dev/null; {prints}"])
+
+
+def test_what_a_host_prints_beside_its_facts_is_passed_over(hostfile):
+    greets = f"printf 'h\\351llo\\n'; {sys.executable} -; echo bye"
+    assert hostfile.facts("a", ["sh", "-c", greets])["directory"] is True
 
 
 HERE = {
@@ -97,13 +118,17 @@ def test_the_environment_that_ranks_get(hostfile, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / ".deepspeed_env").write_text("PROXY=a=b\nNCCL_DEBUG=WARN\n")
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n\n")
-    for name in ("WANDB_API_KEY", "MINE", "OTHER", "CUDA_VISIBLE_DEVICES"):
+    same = ("WANDB_API_KEY", "https_proxy", "HTTP_PROXY", "no_proxy", "FI_PROVIDER", "TRITON_F32_DEFAULT")
+    own = ("OTHER", "CUDA_VISIBLE_DEVICES", "TMPDIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR")
+    for name in ("MINE", "TRITON_CACHE_DIR", *same, *own):
         monkeypatch.setenv(name, f"{name} it's")
-    monkeypatch.setenv("LLMTRAIN_EXPORT", "MINE")
+    monkeypatch.setenv("LLMTRAIN_EXPORT", "MINE TRITON_CACHE_DIR")
     found = hostfile.exported()
     assert found.items() >= {"PROXY": "a=b", "NCCL_DEBUG": "INFO", "MINE": "MINE it's"}.items()
-    assert found["WANDB_API_KEY"] == "WANDB_API_KEY it's"
-    assert not {"OTHER", "CUDA_VISIBLE_DEVICES", "HOME"} & found.keys()
+    assert {name: found[name] for name in (*same, "TRITON_CACHE_DIR")} == {
+        name: f"{name} it's" for name in (*same, "TRITON_CACHE_DIR")
+    }
+    assert not {*own, "HOME"} & found.keys()
     (tmp_path / ".deepspeed_env").write_text("A=1\nexport\n")
     with pytest.raises(hostfile.HostsError, match="line 2: must be KEY=VALUE"):
         hostfile.exported()

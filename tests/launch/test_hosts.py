@@ -19,6 +19,7 @@ from tests.launch.hosts import Hosts, killed, missing
 from tests.soak.lives import curve
 
 BOTH = ["a slots=1", "b slots=1  # a comment"]
+IPV6 = ["fd77::1 slots=1", "root@[fd77::2] slots=1"]
 CANARY = "canary-6f1d0b"
 pytestmark = pytest.mark.system
 
@@ -65,7 +66,8 @@ def everybody_reads(word: str) -> bool:
     return any(word in line for line in lines)
 
 
-def test_two_hosts_train_what_one_does(hosts, start, ranks, tiny, tmp_path):
+@pytest.mark.parametrize("lines", [BOTH, pytest.param(IPV6, marks=pytest.mark.slow)], ids=["names", "IPv6"])
+def test_two_hosts_train_what_one_does(hosts, start, ranks, tiny, tmp_path, lines):
     """Every word arrives as it was written; the environment too, and in no list of processes."""
     plain = [*tiny, "deepspeed=zero2", "max_steps=6", f"output_dir={tmp_path}/one host"]
     ranks.run(plain, 2, tmp_path)
@@ -75,7 +77,7 @@ def test_two_hosts_train_what_one_does(hosts, start, ranks, tiny, tmp_path):
         *(f'+data.sources.prose={{path: "{prose}", weight: 0.3}}', "deepspeed=zero2", "max_steps=6"),
         *(f"output_dir={tmp_path}/two hosts", "name='${seq_len} \"quoted\" it\\'s $HOME `id` \\ ;&'"),
     ]
-    job = start(*words, SECRET=CANARY, LLMTRAIN_EXPORT="SECRET")
+    job = start(*words, lines=lines, SECRET=CANARY, LLMTRAIN_EXPORT="SECRET")
     seen, folders = set(), set()
     while job.poll() is None:
         assert not everybody_reads(CANARY)
@@ -139,11 +141,15 @@ Path(os.environ["LLMTRAIN_SUPERVISOR"]).write_text(json.dumps(told))
 
 
 def test_a_run_that_rewinds_is_started_again_on_both_hosts(start, stand_in):
-    """Which takes no more than a `llmtrain.train` that ends with 89 and then is done, on each host."""
+    """Which takes no more than a `llmtrain.train` that ends with 89 and then is done, on each host.
+
+    The hosts are written as IPv6 addresses.
+    """
     (stand_in / "llmtrain" / "train.py").write_text(REWINDS)
-    job = start(PYTHONPATH=str(stand_in), STAND_IN=str(stand_in), LLMTRAIN_EXPORT="STAND_IN")
+    job = start(lines=IPV6, PYTHONPATH=str(stand_in), STAND_IN=str(stand_in), LLMTRAIN_EXPORT="STAND_IN")
     output = job.communicate(timeout=240)[0]
     assert job.returncode == 0, output
+    assert "2 hosts, 2 ranks, rank 0 on fd77::1 at [fd77::1]:" in output
     assert output.count("the run goes back before a spike: starting it again") == 2
     assert {path.name for path in stand_in.glob("began-*")} == {"began-0", "began-1"}
 

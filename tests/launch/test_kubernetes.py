@@ -10,16 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import kubernetes_validate
 import psutil
 import pytest
 import yaml
-from kubeflow.training import ApiClient
 
 from llmtrain.config import ExitCode
 from llmtrain.config.hydra import compose
@@ -35,7 +33,6 @@ K8S = LAUNCH / "k8s"
 JOB, PYTORCH_JOB = K8S / "job" / "job.yaml", K8S / "pytorchjob" / "pytorchjob.yaml"
 VOLUME = K8S / "volume" / "volume.yaml"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("*/kustomization.yaml"))
-NEWEST = kubernetes_validate.latest_version()
 
 FINAL = {ExitCode.LOCKED, ExitCode.CONFIG, ExitCode.NON_FINITE, ExitCode.CORRUPTION}
 """Another start would end in the same way."""
@@ -69,36 +66,46 @@ def every_pod() -> list[dict[str, Any]]:
     return [*pod_specs(the("Job", documents(JOB))), *pod_specs(the("PyTorchJob", documents(PYTORCH_JOB)))]
 
 
-def validate(document: dict[str, Any], version: str = NEWEST) -> None:
-    """By Kubernetes' own schema; a PyTorchJob by the SDK's models, and its pods by the schema of pods."""
-    if document["kind"] != "PyTorchJob":
-        kubernetes_validate.validate(document, version, strict=True)
-        return
-    job = ApiClient().deserialize(SimpleNamespace(data=json.dumps(document)), "KubeflowOrgV1PyTorchJob")
-    assert ApiClient().sanitize_for_serialization(job) == document, "fields that a PyTorchJob has not"
-    for spec in pod_specs(document):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
-        kubernetes_validate.validate(pod, version, strict=True)
+@pytest.fixture
+def validate() -> Callable[..., None]:
+    """By Kubernetes' own schema; a PyTorchJob by the SDK's models, and its pods by the schema of pods.
+
+    Both come with the extra `dev`; without it the tests of the exit codes and of the pods run all the same.
+    """
+    schemas = pytest.importorskip("kubernetes_validate")
+    client = pytest.importorskip("kubeflow.training").ApiClient()
+
+    def check(document: dict[str, Any], version: str = schemas.latest_version()) -> None:
+        if document["kind"] != "PyTorchJob":
+            schemas.validate(document, version, strict=True)
+            return
+        job = client.deserialize(SimpleNamespace(data=json.dumps(document)), "KubeflowOrgV1PyTorchJob")
+        assert client.sanitize_for_serialization(job) == document, "fields that a PyTorchJob has not"
+        for spec in pod_specs(document):
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
+            schemas.validate(pod, version, strict=True)
+
+    return check
 
 
 @pytest.mark.parametrize("file", [JOB, PYTORCH_JOB, VOLUME], ids=lambda file: file.stem)
-@pytest.mark.parametrize("version", ["1.31", NEWEST])
-def test_a_manifest_is_valid(file, version):
+@pytest.mark.parametrize("version", [("1.31",), ()], ids=["1.31", "newest"])
+def test_a_manifest_is_valid(validate, file, version):
     for document in documents(file):
-        validate(document, version)
+        validate(document, *version)
 
 
 @needs_kubectl
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_what_kustomize_builds_is_valid(overlay):
+def test_what_kustomize_builds_is_valid(validate, overlay):
     for document in built(overlay):
         validate(document)
 
 
-def test_the_validation_sees_mistakes():
+def test_the_validation_sees_mistakes(validate):
     job, pytorch_job = the("Job", documents(JOB)), the("PyTorchJob", documents(PYTORCH_JOB))
     job["spec"]["template"]["spec"]["containers"][0]["arg"] = []
-    with pytest.raises(kubernetes_validate.ValidationError):
+    with pytest.raises(Exception, match="'arg' was unexpected"):
         validate(job)
     pytorch_job["spec"]["runPolicy"]["cleanPodPolice"] = "All"
     with pytest.raises(AssertionError):
@@ -173,7 +180,7 @@ def test_the_arguments_are_a_config(overlay):
 
 
 @needs_kubectl
-def test_the_documentation_s_kustomization_builds(tmp_path):
+def test_the_documentation_s_kustomization_builds(validate, tmp_path):
     page = (LAUNCH.parent / "docs" / "kubernetes.md").read_text()
     named = re.findall(r"kubectl (?:apply -k|kustomize) launch/k8s/(\S+)", page)
     assert set(OVERLAYS) > set(named) >= {"job", "object-storage"}

@@ -88,7 +88,7 @@ def test_a_config_mistake_ends_before_anything_starts(launcher, tmp_path):
     assert not (tmp_path / "called").exists()
 
 
-@pytest.mark.parametrize("flag", ["--help", "--cfg=job", "--info", "-m"])
+@pytest.mark.parametrize("flag", ["--hydra-help", "--cfg=job", "--info", "-m"])
 def test_questions_to_hydra_need_no_launcher(environment, stand_in, flag):
     assert run(environment, "a=1", flag).returncode == 0
     assert json.loads((stand_in / "started-alone").read_text())["argv"] == ["a=1", flag]

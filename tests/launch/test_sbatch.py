@@ -44,6 +44,7 @@ def job(start: Callable, environment: dict[str, str], stand_in: Path) -> Callabl
 def test_a_signal_while_it_sets_up_ends_it_in_order(job, stand_in, sent, queued):
     repository = stand_in / "repository"
     (repository / "launch").mkdir(parents=True)
+    (repository / "launch" / "usage.sh").touch()
     (repository / "launch" / "supervise.py").write_text("raise SystemExit('started all the same')")
     (repository / "launch" / "setup.sh").write_text(f"kill -{sent} $$; sleep 0.1\n")
     script = job(SLURM_SUBMIT_DIR=str(repository))

@@ -265,12 +265,25 @@ def test_a_rewind_is_started_again_at_once(cluster: Cluster, checkout: Path, ans
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "0"), printed(checkout, job)
 
 
-def test_tasks_and_gpus_must_agree(cluster: Cluster, checkout: Path, answers: dict[str, str]):
-    """No GPU of a node stays unused unnoticed."""
-    job = cluster.submit("--nodes=2", "--gpus-per-node=8", TRAIN, directory=checkout, **answers)
-    assert cluster.ends(job)["ExitCode"] == "78:0"
-    said = "8 GPUs and 1 tasks a node, and each task trains on one: --ntasks-per-node 8"
-    assert printed(checkout, job) == f"slurm: {said}\n"
+REFUSED = {
+    ("--nodes=2", "--gpus-per-node=8"): "8 GPUs and 1 tasks a node, and each task trains on one: ",
+    (
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--gpus=9",
+    ): "gpu:1 and gpu:8 a node, and all nodes must have as many: ",
+    ("--nodes=2", "--ntasks=3"): "2,1 tasks a node, and all nodes must have as many: ",
+    ("--nodes=1", ":", "--nodes=1"): "2 components (sbatch ... : ...), and all nodes must be alike: ",
+}
+
+
+def test_nodes_that_are_not_alike_are_refused(cluster: Cluster, checkout: Path, answers: dict[str, str]):
+    """No GPU of a node stays unused unnoticed, and no task is without one."""
+    jobs = [cluster.submit(*words, TRAIN, directory=checkout, **answers) for words in REFUSED]
+    for job, says in zip(jobs, REFUSED.values(), strict=True):
+        assert cluster.ends(job)["ExitCode"] == "78:0", printed(checkout, job)
+        output = printed(checkout, job)
+        assert output.startswith(f"slurm: {says}") and output.count("\n") == 1
 
 
 def test_elsewhere_than_in_the_repository(cluster: Cluster, tmp_path: Path, answers: dict[str, str]):

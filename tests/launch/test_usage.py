@@ -1,0 +1,31 @@
+"""--help of the launch scripts, on a machine where nothing is set up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from tests.launch.conftest import LAUNCH
+
+
+@pytest.mark.parametrize("words", [("--help",), ("a=1", "-h")])
+@pytest.mark.parametrize("script", ["local.sh", "hostfile.sh", "slurm.sbatch", "slurm_prepare.sbatch"])
+def test_help_prints_the_comment_on_top_and_sets_nothing_up(tmp_path, script, words):
+    names = ("SLURM_", "LLMTRAIN_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(names)}
+    done = subprocess.run(
+        ["bash", LAUNCH / script, *words],
+        env=environment | {"LLMTRAIN_VENV": str(tmp_path / "venv")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *rest = done.stdout.splitlines()
+    assert f"# {first}" == (LAUNCH / script).read_text().splitlines()[1]
+    assert any(f"launch/{script} " in line for line in rest)
+    assert "SBATCH" not in done.stdout and "set -euo" not in done.stdout
+    assert not (tmp_path / "venv").exists()
