@@ -58,7 +58,7 @@ EXPORTED = (
 )  # fmt: skip
 PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
 LOCAL = re.compile(r"(TRITON|TORCHINDUCTOR)_\w*(DIR|HOME)")
-"""How kernels are compiled must be the same on all hosts; where they are kept is each one's own, as TMPDIR."""
+"""How kernels are compiled must be the same everywhere; where they are kept is each host's own, as TMPDIR."""
 HOST = re.compile(
     r"(?P<user>[\w.-]+@)?((?P<name>[\w.-]+)|(?P<left>\[)?(?P<address>[\da-fA-F:.]+(%[\w.-]+)?)(?(left)\]))"
     r"\s+slots=(?P<slots>[1-9]\d*)"

@@ -271,9 +271,9 @@ REFUSED = {
         "--nodes=2",
         "--ntasks-per-node=8",
         "--gpus=9",
-    ): "gpu:1 and gpu:8 a node, and all nodes must have as many: ",
-    ("--nodes=2", "--ntasks=3"): "2,1 tasks a node, and all nodes must have as many: ",
-    ("--nodes=1", ":", "--nodes=1"): "2 components (sbatch ... : ...), and all nodes must be alike: ",
+    ): "gpu:1 and gpu:8 a node, and all nodes must ",
+    ("--nodes=2", "--ntasks=3"): "2,1 tasks a node, and all nodes must ",
+    ("--nodes=1", ":", "--nodes=1"): "2 components (sbatch ... : ...), and all nodes must ",
 }
 
 
