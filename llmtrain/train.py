@@ -48,6 +48,7 @@ def train(config: TrainConfig) -> int:
 def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
     """Build every part in the order data flows, resume if there is a checkpoint, run the loop."""
     from llmtrain import distributed
+    from llmtrain.config.door import exit_code_of
     from llmtrain.data.prepare import prepare
     from llmtrain.training.build import build_run, check_job, is_done, open_run, tokenizer_of
     from llmtrain.training.heartbeat import Heart
@@ -81,7 +82,7 @@ def _train(config: TrainConfig, world: World, stop: StopRequest) -> int:
             preflight(config, world, prepared.tokenizer, tick)
             distributed.barrier()
         run = build_run(config, world, directory, prepared, stop, heart)
-        ends.callback(run.close_loggers)
+        ends.push(lambda kind, error, trace: run.loggers.close(exit_code_of(error)))
         run_begins()
         begin(run)
         fit(run)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from llmtrain.config.errors import UserError
+from llmtrain.config.errors import ExitCode, UserError
 from llmtrain.config.secrets import without_secrets
 from llmtrain.distributed import World, quiet_threads
 
@@ -38,12 +38,23 @@ def rank_door(run: Callable[[World], int | None]) -> int:
     except UserError as error:
         return _report(error.lines, error.exit_code, world)
     except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, Terminated)
-        line = "; ".join(["stopped by SIGTERM" if terminated else "interrupted", *_notes(stop)])
-        return _report([line], 128 + (signal.SIGTERM if terminated else signal.SIGINT), world)
+        said = "stopped by SIGTERM" if isinstance(stop, Terminated) else "interrupted"
+        return _report(["; ".join([said, *_notes(stop)])], exit_code_of(stop), world)
     except Exception:  # a bug, or a machine's trouble: told as Python would, but for secrets
         sys.stderr.write(without_secrets(traceback.format_exc()))
         return 1
+
+
+def exit_code_of(error: BaseException | None) -> int:
+    """What a door that `error` has come to ends with; None: nothing went wrong."""
+    match error:
+        case None:
+            return ExitCode.OK
+        case UserError():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    return 1
 
 
 def step_or_best(text: str) -> int | Literal["best"]:

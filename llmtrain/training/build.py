@@ -49,7 +49,7 @@ from llmtrain.training.engine.config import ResolvedPrecision
 from llmtrain.training.engine.engine import Engine, build_engine
 from llmtrain.training.goodput import Goodput
 from llmtrain.training.heartbeat import Heart
-from llmtrain.training.loggers import Logger
+from llmtrain.training.loggers import Loggers
 from llmtrain.training.messages import opening_line
 from llmtrain.training.places import check_places
 from llmtrain.training.rewinds import Rewind, hide_stale, merged, read_rewinds
@@ -101,7 +101,7 @@ class Run:
     skipped: int = 0
     """Steps in a row that were not applied."""
     losses: SourceLosses = field(default_factory=SourceLosses)
-    loggers: list[Logger] = field(default_factory=list)
+    loggers: Loggers = field(default_factory=Loggers)
     cut_short: bool = False
     """Whether a stop left out what is due after the last step."""
     waits: bool = False
@@ -118,11 +118,6 @@ class Run:
     def finished(self) -> bool:
         """Whether the last step is done."""
         return self.step >= self.config.max_steps or self.early_stop.is_due
-
-    def close_loggers(self) -> None:
-        """Let the loggers write what they hold back; none is left."""
-        while self.loggers:
-            self.loggers.pop().close()
 
 
 def check_job(config: TrainConfig, world: World) -> None:

@@ -6,7 +6,9 @@ import logging
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -23,21 +25,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FINISH_SECONDS = 15.0
-"""Time that the end of a run waits for a record at most."""
+"""Time that the end of a run waits for all records at most."""
 
 LEAVE_SECONDS = 2.0
-"""Time that a library's own processes have to end, once the record is finished."""
+"""Time that libraries' own processes have to end, once the records are finished."""
 
 
 class Logger(Protocol):
-    """A place for the lines of logged steps."""
+    """What another package builds: a place for the lines of logged steps."""
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Take one step's line (the keys of metrics.jsonl)."""
         ...
 
-    def close(self) -> None:
-        """Write what is still held back; afterwards the logger is of no use."""
+    def close(self, exit_code: int) -> None:
+        """Write what is still held back; the process ends with `exit_code`."""
         ...
 
 
@@ -45,7 +47,7 @@ class CustomLoggerConfig(Config):
     """What `logger.extra` may hold: a subclass, chosen by its `_target_`, that builds a logger."""
 
     def build(self, directory: RunDirectory, config: TrainConfig, step: int) -> Logger:
-        """The logger of the main rank, for a run that goes on after `step`."""
+        """The logger of the main rank, for a run that goes on after `step`; called in the logger's thread."""
         raise NotImplementedError
 
 
@@ -62,12 +64,24 @@ class Record(Protocol):
         """Take one step's line."""
         ...
 
-    def finish(self) -> None:
-        """Write, or send, everything."""
+    def finish(self, exit_code: int) -> None:
+        """Write, or send, everything, also after a `log` that raised; the process ends with `exit_code`."""
         ...
 
     def leave(self) -> None:
-        """End what the library runs beside."""
+        """End what the library runs beside, also where the record did not start."""
+        ...
+
+
+class Display(Protocol):
+    """What the console shows of the run."""
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Take one step's line."""
+        ...
+
+    def close(self) -> None:
+        """Show what is still held back."""
         ...
 
 
@@ -88,23 +102,22 @@ class LoggerConfig(Config):
                 "or logger.tensorboard=false"
             )
 
-    def build(self, directory: RunDirectory, config: TrainConfig, step: int = 0) -> list[Logger]:
+    def build(self, directory: RunDirectory, config: TrainConfig, step: int = 0) -> Loggers:
         """The loggers of the main rank, for a run that goes on after `step`."""
-        loggers: list[Logger] = []
+        display: Display | None = None
         if self.progress == "auto" and is_lively(sys.stderr):
-            loggers.append(ProgressBar(config.max_steps, step))
+            display = ProgressBar(config.max_steps, step)
         elif self.progress != "none":
-            loggers.append(ProgressLines(config.max_steps))
-        loggers += map(Recorder, self._records(directory, config, step))
-        for name, extra in self.extra.items():
-            loggers.append(Observer(f"logger.extra.{name}", extra.build(directory, config, step)))
-        return loggers
+            display = ProgressLines(config.max_steps)
+        return Loggers(display, self._records(directory, config, step))
 
     def _records(self, directory: RunDirectory, config: TrainConfig, step: int) -> Iterator[Record]:
         if self.wandb.mode != "disabled":
             yield WandbRecord(directory, self.wandb, config.name, config.model_dump(mode="json"))
         if self.tensorboard:
             yield TensorboardRecord(directory, config.model_dump(mode="json"), step)
+        for name, extra in self.extra.items():
+            yield ExtraRecord(f"logger.extra.{name}", partial(extra.build, directory, config, step))
 
     def silent(self) -> LoggerConfig:
         """The same with nothing shown and nothing recorded."""
@@ -112,65 +125,111 @@ class LoggerConfig(Config):
         return self.model_copy(update={"progress": "none", "wandb": wandb, "tensorboard": False, "extra": {}})
 
 
-class Observer:
-    """Somebody's logger that cannot end a run: what it raises is one warning, and it is asked no more."""
+class ExtraRecord:
+    """The record of a logger of another package, which is built when the record starts."""
 
-    def __init__(self, name: str, logger: Logger) -> None:
-        self._name, self._logger = name, logger
-        self._failed = False
+    def __init__(self, name: str, build: Callable[[], Logger]) -> None:
+        self.name, self._build = name, build
+
+    def start(self) -> None:
+        self._logger = self._build()
 
     def log(self, line: Mapping[str, Any]) -> None:
-        self._try(lambda: self._logger.log(line))
+        self._logger.log(line)
 
-    def close(self) -> None:
-        self._try(self._logger.close)
+    def finish(self, exit_code: int) -> None:
+        self._logger.close(exit_code)
 
-    def _try(self, act: Callable[[], None]) -> None:
-        if self._failed:
-            return
-        try:
-            act()
-        except Exception as error:
-            self._failed = True
-            logger.warning("%s is off, metrics.jsonl has every line: %s", self._name, one_line(error))
+    def leave(self) -> None:
+        """Nothing runs beside."""
+
+
+class Loggers:
+    """The display and the records of a run; none by default."""
+
+    def __init__(self, display: Display | None = None, records: Iterable[Record] = ()) -> None:
+        self.display, self._recorders = display, [Recorder(record) for record in records]
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Show and record one step's line."""
+        if self.display:
+            self.display.log(line)
+        for recorder in self._recorders:
+            recorder.log(line)
+
+    def close(self, exit_code: int) -> None:
+        """Let all write what they hold back, the records beside each other; none is left.
+
+        The process is about to end with `exit_code`.
+        """
+        recorders, self._recorders = self._recorders, []
+        for recorder in recorders:
+            recorder.end(exit_code)
+        deadline = time.monotonic() + FINISH_SECONDS
+        finished = [recorder for recorder in recorders if recorder.finishes(deadline)]
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for recorder in finished:
+            recorder.join(deadline)
+        if self.display:
+            self.display.close()
+            self.display = None
 
 
 class Recorder:
     """Brings lines into a record from a thread of its own that no step waits for.
 
     Lines queue until the record has started. What it raises is one warning, and metrics.jsonl alone has the
-    lines from there on.
+    lines from there on; it is ended as others are.
     """
 
     def __init__(self, record: Record) -> None:
         self._record = record
-        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[dict[str, Any] | int] = queue.SimpleQueue()
+        """Lines, and the exit code after the last one."""
+        self._failed = False
         # A daemon, because a thread that waits for a dead network must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=record.name, daemon=True)
-        self._done = threading.Event()
+        self._finished = threading.Event()
         self._thread.start()
 
     def log(self, line: Mapping[str, Any]) -> None:
-        if not self._done.is_set():  # else it has failed, and nobody reads them
+        """Hand over one step's line."""
+        if not self._failed:
             self._lines.put(dict(line))
 
-    def close(self) -> None:
-        self._lines.put(None)
-        if self._done.wait(FINISH_SECONDS):
-            self._thread.join(LEAVE_SECONDS)
-        else:
-            message = "%s did not finish within %g s; metrics.jsonl has every line"
-            logger.warning(message, self._record.name, FINISH_SECONDS)
+    def end(self, exit_code: int) -> None:
+        """Let the record finish; no line comes after it."""
+        self._lines.put(exit_code)
+
+    def finishes(self, deadline: float) -> bool:
+        """Wait until the record is finished or time.monotonic is `deadline`, which is a warning."""
+        if self._finished.wait(max(0.0, deadline - time.monotonic())):
+            return True
+        message = "%s did not finish within %g s; metrics.jsonl has every line"
+        logger.warning(message, self._record.name, FINISH_SECONDS)
+        return False
+
+    def join(self, deadline: float) -> None:
+        """Wait until nothing of the record runs any more or time.monotonic is `deadline`."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
+        self._try(self._record.start)
+        started = not self._failed
+        while isinstance(item := self._lines.get(), dict):
+            if not self._failed:
+                self._try(partial(self._record.log, item))
+        if started:
+            self._try(partial(self._record.finish, item))
+        self._finished.set()
+        self._try(self._record.leave)
+
+    def _try(self, act: Callable[[], None]) -> None:
         try:
-            self._record.start()
-            while (line := self._lines.get()) is not None:
-                self._record.log(line)
-            self._record.finish()
-            self._done.set()
-            self._record.leave()
+            act()
         except Exception as error:  # watching a run must not break it
-            logger.warning("%s is off, metrics.jsonl has every line: %s", self._record.name, one_line(error))
-        finally:
-            self._done.set()
+            level = logging.DEBUG if self._failed else logging.WARNING  # more of the same trouble
+            self._failed = True
+            logger.log(
+                level, "%s is off, metrics.jsonl has every line: %s", self._record.name, one_line(error)
+            )

@@ -62,7 +62,7 @@ class TensorboardRecord:
             self._writer.add_text("samples", RULE.join(texts), self._step)
         self._writer.flush()
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int) -> None:
         if mixture := mixture_table(self._directory):
             self._writer.add_text("mixture", _markdown(mixture), self._step)
         self._writer.close()

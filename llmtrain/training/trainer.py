@@ -233,8 +233,7 @@ def _log(run: Run, line: dict[str, Any]) -> None:
     """metrics.jsonl first: it is the record, the loggers only show it."""
     if run.world.is_main:
         run.directory.append_metrics(line)
-    for sink in run.loggers:
-        sink.log(line)
+    run.loggers.log(line)
 
 
 def _follow(run: Run, step: int, verdict: Verdict) -> None:
@@ -301,6 +300,7 @@ def finish(run: Run) -> int:
     """Close the run; returns the exit code of the process. Collective."""
     done = run.finished and not run.cut_short
     run.stop.saved |= run.saver.holds(run.step)  # one that was written in the background, too
+    code = 1 if run.saver.failures else ExitCode.OK if done else run.stop.exit_code
     run.engine.close()
     if run.world.is_main:
         if not done:
@@ -308,16 +308,17 @@ def finish(run: Run) -> int:
         elif not run.saver.failures:
             run.directory.append_event("end", step=run.step)
         report(run)
-        run.close_loggers()
+        run.loggers.close(code)
         for line in closing_lines(run.directory):
             logger.info("%s", line)
     if run.saver.failures:
-        return _end_unsaved(run)
-    if not done:
+        _tell_unsaved(run)
+    elif not done:
         again = "resume=auto" if run.config.resume == "never" else "the same command"
         logger.info("stopped after step %d; %s goes on from there", run.step, again)
-        return run.stop.exit_code
-    return _mark_done(run)
+    else:
+        code = _mark_done(run)
+    return code
 
 
 def _mark_done(run: Run) -> int:
@@ -335,8 +336,8 @@ def _mark_done(run: Run) -> int:
     return 1 if distributed.broadcast_object(refused) else ExitCode.OK
 
 
-def _end_unsaved(run: Run) -> int:
-    """Say that the last step could not be saved, and from where the run goes on; returns the exit code."""
+def _tell_unsaved(run: Run) -> None:
+    """Say that the last step could not be saved, and from where the run goes on."""
     found = checkpoints(run.directory.checkpoints)
     from_where = f"step {found[-1][0]}" if found else "the beginning"
     if run.world.is_main:
@@ -344,4 +345,3 @@ def _end_unsaved(run: Run) -> int:
             "ended after step %d, which is not saved: %s; the same command goes on from %s",
             run.step, run.saver.failures[-1], from_where,
         )  # fmt: skip
-    return 1

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llmtrain.config import Config
+from llmtrain.config import Config, ExitCode
 from llmtrain.config.secrets import redact
 from llmtrain.training.run_directory import RunDirectory, write_atomically
 from llmtrain.training.run_tables import mixture_table, samples_table
@@ -88,12 +88,14 @@ class WandbRecord:
         if not self._aside.is_alive() and self._directory.samples_of(line["step"]).exists():
             self._start_aside(self._send_tables)
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int) -> None:
         if self._aside.is_alive():
             self._aside.join(ASIDE_SECONDS / 2)
         self._start_aside(self._send_all)
         self._aside.join(ASIDE_SECONDS / 2)
-        self._run.finish()
+        if exit_code == ExitCode.PREEMPTED:
+            self._run.mark_preempting()  # else wandb would call it failed
+        self._run.finish(exit_code)
 
     def leave(self) -> None:
         import wandb

@@ -149,7 +149,7 @@ values = {"progress": sys.argv[1], "wandb": wandb, "tensorboard": False, "extra"
 config = LoggerConfig.model_validate(values)
 steps, sources = int(sys.argv[2]), int(sys.argv[3])
 found = config.build(RunDirectory(tempfile.mkdtemp()), SimpleNamespace(max_steps=steps))
-print([type(logger).__name__ for logger in found], flush=True)
+print([type(found.display).__name__], flush=True)
 shares = {f"data/share/source{number}": 1 / (number + 1) for number in range(sources)}
 if sources > 10:
     shares["data/share/" + 200 * "x"] = 0.9
@@ -157,8 +157,7 @@ perf = {"perf/tokens_per_second": 950.0, "perf/step_seconds": 0.1, "perf/mfu": 0
 try:
     for step in range(1, steps + 1):
         evaluation = {"eval/loss": 2.5, "eval/bits_per_byte": 1.25} if step == 3 else {}
-        for logger in found:
-            logger.log({"step": step, "train/loss": 1.5, "train/tokens": 10**6 * step, **perf, **shares, **evaluation})
+        found.log({"step": step, "train/loss": 1.5, "train/tokens": 10**6 * step, **perf, **shares, **evaluation})
         if step <= 3:
             logging.info("a record after step %d", step)
             print("printed after step", step, flush=True)
@@ -166,8 +165,7 @@ try:
         else:
             time.sleep(0.05)
 finally:
-    for logger in found:
-        logger.close()
+    found.close(0)
     logging.info("a record after the end")
 """  # noqa: E501
 

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from llmtrain.config import UserError
 from llmtrain.training import loggers
-from llmtrain.training.loggers import LoggerConfig, Recorder
+from llmtrain.training.loggers import ExtraRecord, LoggerConfig, Loggers
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.wandb_record import CONNECT_SECONDS, WandbConfig, WandbRecord
 from tests.ranks import PATCH
@@ -41,10 +43,10 @@ def test_offline_wandb_has_the_same_lines_and_a_resumed_run_the_same_id(tmp_path
     lines = [line(step, **{"train/loss/code": 0.1 * step, "eval/bits_per_byte": 1 / 3}) for step in (1, 2, 3)]
     config = {"seq_len": 64, "hub": {"hf_token": "canary"}}
     for part in (lines[:2], lines[2:]):
-        logger = Recorder(WandbRecord(directory, OFFLINE, "a name", config))
+        logger = Loggers(records=[WandbRecord(directory, OFFLINE, "a name", config)])
         for one in part:
             logger.log(one)
-        logger.close()
+        logger.close(0)
         time.sleep(1.1)  # wandb names its folders by the second
     first, second = offline_files(directory.path)
     assert history(first) + history(second) == lines
@@ -70,6 +72,15 @@ def tables(file: Path) -> dict[str, list[list[Any]]]:
                 place = file.parent / "files" / json.loads(item.value_json)["path"]
                 found[item.key] = json.loads(place.read_text())["data"]
     return found
+
+
+def endings(file: Path) -> list[str | int]:
+    """What a .wandb file says of how its process ended."""
+    return [
+        record.exit.exit_code if kind == "exit" else kind
+        for record in read_records(file)
+        if (kind := record.WhichOneof("record_type")) in ("exit", "preempting")
+    ]
 
 
 def scalars(run: Path, purged: bool) -> list[dict[str, Any]]:
@@ -113,6 +124,7 @@ def test_wandb_and_tensorboard_have_every_line_of_a_run_that_was_stopped_killed_
     assert len({r.run.run_id for r in records if r.WhichOneof("record_type") == "run"}) == 1
     metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
     assert {m.step_metric for m in metrics if m.glob_name == "*"} == {"train/tokens"}
+    assert [endings(file) for file in files] == [["preempting", 85], [], [0]]
     shown = tables(files[-1])
     assert {step for step, _, _ in shown["samples"]} == {3, 6, 9, 10}
     for step, prompt, continuation in shown["samples"]:
@@ -131,12 +143,12 @@ def test_wandb_and_tensorboard_have_every_line_of_a_run_that_was_stopped_killed_
 OUTAGE = """
 import json, logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-from llmtrain.training.loggers import Recorder
+from llmtrain.training.loggers import Loggers
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.wandb_record import WandbConfig, WandbRecord
 began = time.perf_counter()
 config = WandbConfig(mode="online", project="p")
-logger = Recorder(WandbRecord(RunDirectory(sys.argv[1]), config, "n", {"a": 1}))
+logger = Loggers(records=[WandbRecord(RunDirectory(sys.argv[1]), config, "n", {"a": 1})])
 slowest = 0.0
 for step in range(1, 51):
     before = time.perf_counter()
@@ -144,7 +156,7 @@ for step in range(1, 51):
     slowest = max(slowest, time.perf_counter() - before)
 logged = time.perf_counter() - began
 before = time.perf_counter()
-logger.close()
+logger.close(0)
 print(json.dumps({"slowest": slowest, "logged": logged, "close": time.perf_counter() - before}))
 """
 
@@ -188,9 +200,9 @@ def test_a_wandb_that_cannot_be_imported_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    logger = Recorder(WandbRecord(RunDirectory(tmp_path), OFFLINE, "n", {}))
+    logger = Loggers(records=[WandbRecord(RunDirectory(tmp_path), OFFLINE, "n", {})])
     logger.log(line(1))
-    logger.close()
+    logger.close(0)
     logger.log(line(2))
     assert [record.getMessage()[:40] for record in caplog.records] == [
         "wandb is off, metrics.jsonl has every li"
@@ -203,13 +215,110 @@ def test_a_wandb_that_does_not_finish_is_left_behind(
     monkeypatch.setattr(loggers, "FINISH_SECONDS", 0.2)
     monkeypatch.setattr(WandbRecord, "start", lambda self: None)
     monkeypatch.setattr(WandbRecord, "log", lambda self, line: None)
-    monkeypatch.setattr(WandbRecord, "finish", lambda self: time.sleep(3))
-    logger = Recorder(WandbRecord(RunDirectory(tmp_path), OFFLINE, "n", {}))
+    monkeypatch.setattr(WandbRecord, "finish", lambda self, exit_code: time.sleep(3))
+    logger = Loggers(records=[WandbRecord(RunDirectory(tmp_path), OFFLINE, "n", {})])
     logger.log(line(1))
     began = time.perf_counter()
-    logger.close()
+    logger.close(0)
     assert time.perf_counter() - began < 1
     assert "did not finish" in caplog.text
+
+
+class Fragile:
+    """A record that fails, or waits, in one of its calls."""
+
+    def __init__(self, name: str, trouble: Mapping[str, Callable[[], object]]) -> None:
+        self.name, self._trouble = name, trouble
+        self.calls: list[Any] = []
+
+    def start(self) -> None:
+        self._called("start")
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        self._called("log", line["step"])
+
+    def finish(self, exit_code: int) -> None:
+        self._called("finish", exit_code)
+
+    def leave(self) -> None:
+        self._called("leave")
+
+    def _called(self, name: str, *what: Any) -> None:
+        self.calls.append((name, *what))
+        self._trouble.get(name, lambda: None)()
+
+
+def refuse() -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("call", "calls"),
+    [
+        ("start", [("start",), ("leave",)]),
+        ("log", [("start",), ("log", 1), ("finish", 87), ("leave",)]),
+        ("finish", [("start",), ("log", 1), ("log", 2), ("finish", 87), ("leave",)]),
+    ],
+)
+def test_a_record_that_fails_is_ended_and_is_one_warning(
+    call: str, calls: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    record = Fragile("it", {call: refuse, "leave": refuse})
+    found = Loggers(records=[record])
+    for step in (1, 2):
+        found.log(line(step))
+    found.close(87)
+    assert record.calls == calls
+    assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == [
+        "it is off, metrics.jsonl has every line: OSError: [Errno 28] No space left on device"
+    ]
+
+
+def test_records_finish_beside_each_other(caplog: pytest.LogCaptureFixture) -> None:
+    together = threading.Barrier(3)
+    Loggers(records=[Fragile(str(number), {"finish": together.wait}) for number in range(3)]).close(0)
+    assert not together.broken and not caplog.records
+
+
+def test_records_that_do_not_finish_share_one_deadline(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loggers, "FINISH_SECONDS", 2)
+    over = threading.Event()
+    records = [Fragile(str(number), {"finish": over.wait}) for number in range(6)]
+    began = time.monotonic()
+    Loggers(records=records).close(0)
+    assert time.monotonic() - began < 8, "in turn they take 12 s"
+    assert [one.getMessage()[:18] for one in caplog.records] == [f"{n} did not finish w" for n in range(6)]
+    over.set()
+
+
+def test_no_step_waits_for_a_logger_of_another_package(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not for what builds it, either; what is late is written when it comes to it."""
+    over, written, threads = threading.Event(), [], set()
+
+    class Slow:
+        def __init__(self) -> None:
+            over.wait()
+            threads.add(threading.current_thread())
+
+        def log(self, line: Mapping[str, Any]) -> None:
+            written.append(line["step"])
+            threads.add(threading.current_thread())
+
+        def close(self, exit_code: int) -> None:
+            written.append(f"exit code {exit_code}")
+
+    found = Loggers(records=[ExtraRecord("logger.extra.slow", Slow)])
+    for step in (1, 2):
+        found.log(line(step))
+    assert written == []
+    over.set()
+    found.close(85)
+    assert written == [1, 2, "exit code 85"]
+    assert len(threads) == 1 and threading.current_thread() not in threads
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ BUSY = 10
 RUN = """
 import json, logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-from llmtrain.training.loggers import Recorder
+from llmtrain.training.loggers import Loggers
 from llmtrain.training.wandb_record import WandbConfig, WandbRecord
 from llmtrain.training.run_directory import RunDirectory
 config = WandbConfig(mode="online", project="p")
 directory = RunDirectory(sys.argv[1])
 directory.samples.mkdir(parents=True)
 directory.samples_of(30).write_text("a sample, whose table the server is asked about")
-logger = Recorder(WandbRecord(directory, config, "n", {"a": 1}))
+logger = Loggers(records=[WandbRecord(directory, config, "n", {"a": 1})])
 slowest = 0.0
 for step in range(1, 41):
     before = time.perf_counter()
@@ -37,7 +37,7 @@ for step in range(1, 41):
     slowest = max(slowest, time.perf_counter() - before)
     time.sleep(float(sys.argv[2]))
 print(json.dumps({"slowest": slowest, "ended": time.time()}), flush=True)
-logger.close()
+logger.close(0)
 """
 
 
@@ -80,7 +80,7 @@ def test_lines_arrive_at_a_server_that_lives(server: WandbServer, tmp_path: Path
 
 PARTS = """
 import sys
-from llmtrain.training.loggers import Recorder
+from llmtrain.training.loggers import Loggers
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.wandb_record import WandbConfig, WandbRecord
 directory = RunDirectory(sys.argv[1])
@@ -90,12 +90,12 @@ directory.report.write_text("<p>")
 source = {"weight": 1, "share": 1.0, "trained": 5, "epochs": 0.5, "loss": 2.0}
 directory.write_json("data.json", {"sources": {"code": source}})
 for steps in ((1, 2, 3), (2, 3, 4)):
-    logger = Recorder(WandbRecord(directory, WandbConfig(mode="online", project="p"), "n", {}))
+    logger = Loggers(records=[WandbRecord(directory, WandbConfig(mode=sys.argv[2], project="p"), "n", {})])
     for step in steps:
         line = {"step": step, "train/loss": 1 / step, "train/tokens": 64 * step}
         directory.append_metrics(line)
         logger.log(line)
-    logger.close()
+    logger.close(0)
 """
 
 

@@ -31,6 +31,6 @@ class Csv:
         """The keys of metrics.jsonl."""
         self._file.write(",".join(str(line.get(key, "")) for key in self._keys) + "\n")
 
-    def close(self) -> None:
-        """After the last step of this process."""
+    def close(self, exit_code: int) -> None:
+        """After the last step of this process, also where an error ends it."""
         self._file.close()
