@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.training.changes import Change, other_text
+from llmtrain.config.secrets import redact
+from llmtrain.training.changes import Change, changes, other_text
 from llmtrain.training.checkpoint import DamagedError, Score, read_record
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class EarlyStop:
 
 
 def has_stopped(config: TrainConfig, directory: RunDirectory, checkpoint: Path) -> bool:
-    """Whether a run ended early at its checkpoint; one that is damaged is no end.
+    """Whether a run ended early at its checkpoint; one that is damaged, or of other held-out text, is no end.
 
     An evaluation that a stop cut short is made up for when the checkpoint stands already: an event has it.
     """
@@ -66,7 +67,10 @@ def has_stopped(config: TrainConfig, directory: RunDirectory, checkpoint: Path) 
         saved = read_record(checkpoint)
     except DamagedError:
         return False
-    stop = early_stop_of(config, saved)
+    changed = changes(saved, {**saved, "config": redact(config.model_dump(mode="json"))})
+    if other_text(changed):
+        return False
+    stop = early_stop_of(config, saved, changed)
     for event in reversed(directory.read_events()):
         if event["event"] == "evaluation" and event["step"] == saved["step"]:
             stop.add(event["step"], event["bits_per_byte"])

@@ -19,6 +19,7 @@ from llmtrain.data.batch import Batch
 from llmtrain.data.dataset import Batches
 from llmtrain.training.build import Run
 from llmtrain.training.callbacks import Callback
+from llmtrain.training.changes import other_text
 from llmtrain.training.checkpoint import abandon, checkpoints, mark_best, sweep
 from llmtrain.training.crashes import AnotherRankError
 from llmtrain.training.engine.transfer import PendingStep
@@ -261,6 +262,9 @@ def begin(run: Run) -> None:
         if run.finished:
             key = "callbacks.evaluation.patience" if run.step < run.config.max_steps else "max_steps"
             logger.info("nothing to train: the checkpoint is at step %d; raise %s to go on", run.step, key)
+    anew = bool(run.held_out) and other_text(run.changed)
+    if anew:
+        logger.info("what is held out has changed: evaluations and the best checkpoint are counted anew")
     if not run.world.is_main:
         return
     directory = run.directory
@@ -291,6 +295,7 @@ def begin(run: Run) -> None:
         micro_batch_size=run.config.micro_batch_size,
         gradient_accumulation_steps=run.engine.accumulation,
         **({"changes": {change.key: change.as_dict() for change in run.changed}} if run.changed else {}),
+        **({"evaluations": "anew"} if anew else {}),
         **({"job": job} if (job := scheduled_job()) else {}),
         seconds=run.goodput.start,
     )

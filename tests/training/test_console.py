@@ -262,7 +262,7 @@ def test_whatever_ends_a_run_the_cursor_is_there(number: signal.Signals) -> None
         assert "a record after the end" in terminal.text().rpartition("left")[2], "below the display"
 
 
-@pytest.mark.parametrize(("progress", "names"), [("lines", "['ProgressLines']"), ("none", "[]")])
+@pytest.mark.parametrize(("progress", "names"), [("lines", "['ProgressLines']"), ("none", "['NoneType']")])
 def test_the_progress_key_chooses(progress: str, names: str) -> None:
     terminal = Terminal(progress, "3", "1")
     assert terminal.close() == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,21 @@ PATIENT = [
     "callbacks.evaluation.patience=3",
 ]
 PRESCRIBED = {PATCH: "tests.training.test_early_stop:prescribed_scores"}
+BITS = "LLMTRAIN_TEST_BITS"
+"""JSON of what other evaluations than SCORES are given, by step."""
 STOPPED_ONCE = {PATCH: "tests.training.test_early_stop:asked_to_stop_while_it_evaluates"}
+KILLED = {PATCH: "tests.training.test_early_stop:killed_before_the_mark"}
 """After which step, STEP says."""
 
 
 def prescribed_scores() -> None:
-    """Each evaluation is done as ever; then SCORES says what came of it."""
+    """Each evaluation is done as ever; then SCORES and BITS say what came of it."""
+    import os
+
     from llmtrain.training.callbacks import evaluation
 
     measure, before = evaluation.evaluate_model, evaluation.EvaluationCallback.after_step
-    step = 0
+    step, given = 0, {int(at): bits for at, bits in json.loads(os.environ.get(BITS, "{}")).items()}
 
     def after_step(self: Any, run: Any, line: dict[str, Any]) -> None:
         nonlocal step
@@ -57,7 +61,7 @@ def prescribed_scores() -> None:
 
     def evaluate(*args: Any, **more: Any) -> dict[str, Any]:
         results = measure(*args, **more)
-        return {**results, "all": {**results["all"], "bits_per_byte": SCORES[step]}}
+        return {**results, "all": {**results["all"], "bits_per_byte": (SCORES | given)[step]}}
 
     evaluation.EvaluationCallback.after_step = after_step
     evaluation.evaluate_model = evaluate
@@ -78,6 +82,23 @@ def asked_to_stop_while_it_evaluates() -> None:
         before(self, run, line)
 
     evaluation.EvaluationCallback.after_step = after_step
+
+
+def killed_before_the_mark() -> None:
+    """SIGKILL comes when the checkpoint of a step is there, and the best one has not been marked since."""
+    import os
+
+    from llmtrain.training import saver
+
+    prescribed_scores()
+    mark = saver.mark_best
+
+    def mark_best(directory: RunDirectory, scores: Any) -> None:
+        if checkpoints(directory.checkpoints)[-1][0] == int(os.environ[STEP]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        mark(directory, scores)
+
+    saver.mark_best = mark_best
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -211,31 +232,40 @@ def test_a_run_without_a_mark_has_no_best(stopped: Path, tmp_path: Path) -> None
         open_finished(run, "best")
 
 
-def test_a_run_that_stopped_early_is_left_alone_until_patience_is_raised(
-    ranks, tiny, stopped, tmp_path
-) -> None:
+def test_a_run_that_stopped_early_is_left_alone(ranks, tiny, stopped, tmp_path) -> None:
     import shutil
 
     shutil.copytree(stopped, tmp_path / "run")
     job = ranks.run([*tiny, *PATIENT], 1, tmp_path, PRESCRIBED)
     assert "already trained to step 10" in job.output()
     assert "callbacks.evaluation.patience" in job.output()
-    ranks.run([*tiny, *PATIENT, "callbacks.evaluation.patience=9"], 1, tmp_path, PRESCRIBED)
-    assert max(records(tmp_path / "run")) == 12
-    assert best(tmp_path / "run")["step"] == 12
+
+
+@pytest.mark.parametrize(("key", "evaluated"), [("patience=9", [12]), ("documents=3", [10, 12])])
+def test_it_goes_on_with_more_patience_or_other_held_out_text(
+    ranks, tiny, stopped, tmp_path, key, evaluated
+) -> None:
+    """Of other text every evaluation is one anew, that of the checkpoint first."""
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    bits = {BITS: json.dumps({"10": 4.3, "12": 4.2})}
+    job = ranks.run([*tiny, *PATIENT, f"callbacks.evaluation.{key}"], 1, tmp_path, {**PRESCRIBED, **bits})
+    assert max(records(run)) == 12
+    assert [event["step"] for event in events(run, "evaluation")] == [2, 4, 6, 8, 10, 10, *evaluated]
+    anew = "documents" in key
+    assert [event.get("evaluations") for event in events(run, "resume")] == ["anew" if anew else None]
+    assert ("evaluations and the best checkpoint are counted anew" in job.output()) == anew
+    assert best(run)["step"] == (12 if anew else 4), "that of step 4 was measured on other text"
 
 
 def test_a_killed_run_stops_after_the_same_step(ranks, tiny, tmp_path, stopped) -> None:
     run, arguments = tmp_path / "run", [*tiny, *PATIENT, "deepspeed=zero2"]
-    job = ranks.start(arguments, 2, tmp_path, PRESCRIBED)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step_00000006").exists():
-        assert time.monotonic() < deadline, job.output()
-        time.sleep(0.01)
-    job.kill()
-    job.wait()
-    if (run / "best.json").exists():
-        (run / "best.json").unlink()  # as if killed between a save and its mark
+    job = ranks.start(arguments, 2, tmp_path, {**KILLED, STEP: "4"})
+    assert job.wait()[0] == -signal.SIGKILL, job.output()
+    assert saved(run) == [2, 4]
+    assert open_finished(run, "best").step == 2, "the mark is late, and no lie"
     ranks.run(arguments, 2, tmp_path, PRESCRIBED)
     assert max(records(run)) == 10
     assert best(run) == best(stopped)

@@ -16,7 +16,7 @@ import torch
 
 from llmtrain.config import UserError
 from llmtrain.data.dataset import Skip
-from llmtrain.training.checkpoint import Manifest, checkpoints, read_record
+from llmtrain.training.checkpoint import Manifest, best_step, checkpoints, read_record
 from llmtrain.training.engine.guard import Limits
 from llmtrain.training.engine.transfer import StepResult
 from llmtrain.training.rewinds import (
@@ -34,9 +34,12 @@ from tests.ranks import PATCH, RECORD, RankServer
 from tests.training.checkpoint.small import record, scalars
 from tests.training.faults import STEP
 from tests.training.nonfinite_ranks import CASES
+from tests.training.test_early_stop import BITS, PRESCRIBED
 from tests.training.test_engine import batch, build
+from tests.training.test_loggers import endings
 from tests.training.test_resume import records
 from tests.training.test_syncs import HostReads
+from tests.training.wandb_files import offline_files
 
 QUICK = [
     "adamw zero0 fp32",
@@ -381,6 +384,31 @@ def test_a_rewind_is_replayed_bit_for_bit_also_when_it_is_killed(ranks, noisy, t
     )
     noise = list(where(run, {"document": f"{tmp_path}/noise.txt"}))
     assert noise and all(document["steps"] == [] for document in noise)
+
+
+def test_a_rewind_takes_evaluations_back_and_a_run_stops_early_without_them(ranks, noisy, tmp_path):
+    """The last evaluation of the branch that was left is the best of all."""
+    run = tmp_path / "run"
+    common = [
+        *noisy, "spikes.action=rewind", "logger.wandb.mode=offline", "data.validation_fraction=0.3",
+        "callbacks.evaluation.every=6", "callbacks.evaluation.documents=2", "callbacks.evaluation.patience=2",
+    ]  # fmt: skip
+    for last, code in ((3.0, 89), (4.4, 0)):
+        bits = json.dumps({6: 4.0, 12: 4.5, 18: last})
+        job = ranks.start(common, 1, tmp_path, {**PRESCRIBED, BITS: bits})
+        assert job.wait() == [code], job.output()
+    assert "2 evaluations were no better than 4.0000 bits per byte after step 6" in job.output()
+    assert [event["step"] for event in events(run, "evaluation")] == [
+        6,
+        12,
+        18,
+        18,
+        18,
+    ]  # the last one with baselines
+    assert events(run, "rewind")[0]["to"] == 12
+    assert [step for step, _ in checkpoints(run / "checkpoints")] == [6, 12, 18]
+    assert best_step(RunDirectory(run)) == 6
+    assert [endings(file) for file in offline_files(run)] == [[89], [0]]
 
 
 def test_a_spike_after_the_last_rewind_ends_the_run_with_87(ranks, noisy, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from llmtrain.training import loggers
 from tests.training.test_resume import records
+from tests.training.wandb_files import offline_files
 from tests.training.wandb_server import WandbServer
 
 BUSY = 10
@@ -79,7 +80,7 @@ def test_lines_arrive_at_a_server_that_lives(server: WandbServer, tmp_path: Path
 
 
 PARTS = """
-import sys
+import sys, time
 from llmtrain.training.loggers import Loggers
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.training.wandb_record import WandbConfig, WandbRecord
@@ -96,18 +97,25 @@ for steps in ((1, 2, 3), (2, 3, 4)):
         directory.append_metrics(line)
         logger.log(line)
     logger.close(0)
+    time.sleep(1.1)  # wandb names its folders by the second
 """
+
+
+def parts_of_a_run(server: WandbServer, path: Path, mode: str) -> Path:
+    """The directory of a run that two processes recorded, as `PARTS` says."""
+    done = subprocess.run(
+        [sys.executable, "-c", PARTS, str(path / "run"), mode],
+        capture_output=True, text=True, timeout=120, env=environment(server, path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return path / "run"
 
 
 def test_a_resumed_run_is_one_run_with_every_line_tables_and_the_report(
     server: WandbServer, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PARTS, str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=120, env=environment(server, tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    run = parts_of_a_run(server, tmp_path, "online")
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
     assert [{key: line[key] for key in lines[0]} for line in server.lines] == lines
     assert [line["_step"] for line in server.lines] == [0, 1, 2, 3, 4, 5]
     (name,) = server.runs
@@ -115,6 +123,33 @@ def test_a_resumed_run_is_one_run_with_every_line_tables_and_the_report(
     tables = {("run_table", f"run-{name}-{table}") for table in ("samples", "mixture")}
     assert set(sent) == tables | {("report", f"report-{name}")}
     assert sent.count(("report", f"report-{name}")) == 2
+
+
+def sync(server: WandbServer, home: Path, *paths: Path) -> str:
+    """What `wandb sync` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", *map(str, paths)],
+        capture_output=True, text=True, timeout=120, env=environment(server, home), cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("cut", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_wandb_sync_sends_the_parts_of_a_run_in_turn(server: WandbServer, tmp_path: Path, cut: int) -> None:
+    """`cut`: bytes that a kill cost the first part."""
+    wandb = parts_of_a_run(server, tmp_path, "offline") / "wandb"
+    assert not server.lines
+    first, second = offline_files(wandb.parent)
+    os.truncate(first, first.stat().st_size - cut)
+    printed = sync(server, tmp_path, wandb)
+    if cut:
+        assert "incomplete record" in printed
+        assert [line["_step"] for line in server.lines] == [0, 1, 2]
+        sync(server, tmp_path, second)
+    assert [line["_step"] for line in server.lines] == [0, 1, 2, 3, 4, 5]
+    assert [line["step"] for line in server.lines] == [1, 2, 3, 2, 3, 4]
+    assert len(server.runs) == 1
 
 
 @pytest.mark.parametrize("outage", [pytest.param("die", marks=pytest.mark.slow), "fall_silent"])

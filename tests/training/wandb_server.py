@@ -57,8 +57,8 @@ class WandbServer:
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
         """What a server says to a request of wandb 0.31."""
         if "file_stream" in path:
-            history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
-            self.lines += [json.loads(line) for line in history.get("content", [])]
+            if history := json.loads(body).get("files", {}).get("wandb-history.jsonl"):
+                self.lines[history["offset"] :] = map(json.loads, history["content"])
             return {"exitcode": None, "limits": {}}
         asked = json.loads(body or b"{}") if path.endswith("graphql") else {}
         query, variables = asked.get("query", ""), asked.get("variables") or {}
