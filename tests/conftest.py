@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.ranks import RankServer
 from tests.tiny import tiny_run, write_corpus
@@ -18,6 +20,13 @@ from tests.turns import turn
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+# A busy machine is no fault of what is tested, and the same commit has the same answer each time.
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("steady")
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -40,17 +49,25 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """A test that joins a process group leaves it, and nothing of DeepSpeed's to the next one.
+def alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that joins a process group leaves it, and nothing of DeepSpeed's or a door's to the next one.
 
-    That is names in the environment, what becomes of signals, the linear layer that ZeRO-3 exchanges in torch
-    for good, and Python's garbage collector, which an engine that nobody closed holds off.
+    That is ranks that still run, names in the environment, what becomes of signals and of the log, the linear
+    layer that ZeRO-3 exchanges in torch for good, and Python's garbage collector, which an engine that nobody
+    closed holds off.
     """
+    log, level = logging.getLogger("llmtrain"), logging.getLogger("llmtrain").level
+    formatters = {one: one.formatter for one in logging.getLogger().handlers}
     before, handlers = dict(os.environ), {number: signal.getsignal(number) for number in STOPS}
     yield
+    for name in {"ranks", "cpu_ranks"} & {*request.fixturenames}:
+        request.getfixturevalue(name).end()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.set_wakeup_fd(-1)
+    log.setLevel(level)
+    for one, formatter in formatters.items():
+        one.setFormatter(formatter)
     if "llmtrain.distributed" in sys.modules and "torch.distributed" in sys.modules:
         sys.modules["llmtrain.distributed"].finalize()
         torch = sys.modules["torch"]

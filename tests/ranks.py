@@ -98,6 +98,7 @@ class RankServer:
         self.cpu = cpu or visible_accelerators() < 2
         if self.cpu:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        self._pids: set[int] = set()
         self._process = subprocess.Popen(
             [sys.executable, "-m", SERVER],
             stdin=subprocess.PIPE,
@@ -121,6 +122,7 @@ class RankServer:
         pids, outputs = [], []
         for rank in range(ranks):
             output = directory / f"output-{port}-{rank}.txt"
+            output.touch()
             variables = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -139,6 +141,7 @@ class RankServer:
             }
             pids.append(self._ask(request))
             outputs.append(output)
+        self._pids |= {*pids}
         return Job(self, pids, outputs)
 
     def run(
@@ -159,6 +162,11 @@ class RankServer:
     def poll(self, pids: Sequence[int]) -> list[int | None]:
         """Exit codes, None for a process that still runs."""
         return self._ask({"poll": list(pids)})
+
+    def end(self) -> None:
+        """Kill the ranks of every job that still run: a test that fails leaves some."""
+        Job(self, [*self._pids], []).kill()
+        self._pids.clear()
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmtrain.config import Config, UserError, choice
+from llmtrain.config import Config, UserError, choice, door
 from llmtrain.config.hydra import hydra_door
 
 CONF = Path(__file__).parent / "conf"
@@ -84,6 +85,7 @@ def small(config: SmallConfig) -> int | None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    door.SECONDS_FOR_OTHERS = float(os.environ.get("SECONDS_FOR_OTHERS", door.SECONDS_FOR_OTHERS))
     return hydra_door(SmallConfig, small, __doc__, argv, CONF)
 
 

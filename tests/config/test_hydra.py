@@ -219,19 +219,23 @@ def test_hydra_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # Real processes
 
 
-def two_ranks(*overrides: list[str]) -> list[str]:
-    """What two ranks print that are started with these arguments, both ending with 78."""
+def two_ranks(*overrides: list[str], patience: float = 3) -> list[str]:
+    """What two ranks print that are started with these arguments, both ending with 78.
+
+    patience: seconds for which one that has told its mistake waits for another that makes the same.
+    """
     ranks = []
     for rank, arguments in enumerate(overrides):
         env = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        env["SECONDS_FOR_OTHERS"] = str(patience)
         ranks.append(start([f"--local_rank={rank}", *arguments], env))
-    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [78, 78]
     return errors
 
 
 def test_two_ranks_print_the_same_mistake_once() -> None:
-    printed = "".join(two_ranks(["model.d_modle=3"], ["model.d_modle=3"]))
+    printed = "".join(two_ranks(["model.d_modle=3"], ["model.d_modle=3"], patience=60))
     assert printed.count("\n") == 1
     assert printed.startswith("error: model.d_modle=3: no such key; did you mean model.d_model?")
 
