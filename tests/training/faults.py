@@ -15,7 +15,7 @@ import torch
 
 from llmtrain.config import UserError, door
 from llmtrain.data.batch import Batch
-from llmtrain.data.workers import Crew
+from llmtrain.data.workers import Crew, Job
 from llmtrain.training.engine.engine import Engine
 from llmtrain.training.heartbeat import Heart, Phase
 from llmtrain.training.run_directory import RunDirectory
@@ -193,6 +193,18 @@ def refuse_done() -> None:
 def make_nothing() -> None:
     """No text is tokenised."""
     Crew._hand_out = lambda self: None
+
+
+def make_all_but_one() -> None:
+    """The part of the text that is wanted last is not tokenised."""
+    next_part, given = Crew._next, []
+
+    def all_but_one(self: Crew) -> Job | None:
+        job = next_part(self) if len(given) < len(self._jobs) - 1 else None
+        given.extend([job] if job else [])
+        return job
+
+    Crew._next = all_but_one  # type: ignore[method-assign]
 
 
 def make_slowly() -> None:

@@ -15,8 +15,10 @@ import pytest
 from llmtrain.config import UserError
 from llmtrain.training.run_directory import RunDirectory
 from llmtrain.where import where
+from tests.ranks import PATCH
 from tests.training.test_resume import records
 
+ALL_BUT_ONE = {PATCH: "tests.training.faults:make_all_but_one"}
 MEGABYTES = {"web": 24, "books": 17}
 """Above what is prepared at once (16 MiB), and above a part, so that there are several."""
 
@@ -67,7 +69,8 @@ def test_a_live_run_equals_one_over_prepared_shards_also_after_kill_9(ranks, liv
     expected = records(tmp_path / "ahead")
     assert sorted(expected) == list(range(1, 31))
 
-    job = ranks.start([*live, f"cache_dir={tmp_path}/cache-b", f"output_dir={tmp_path}/live"], 2, tmp_path)
+    words = [*live, f"cache_dir={tmp_path}/cache-b", f"output_dir={tmp_path}/live"]
+    job = ranks.start(words, 2, tmp_path, ALL_BUT_ONE)
     deadline = time.monotonic() + 120
     shards = tmp_path / "cache-b/shards"
     while not list(shards.glob("*/train/shard-*")):
@@ -76,14 +79,14 @@ def test_a_live_run_equals_one_over_prepared_shards_also_after_kill_9(ranks, liv
     assert workers(tmp_path / "cache-b"), job.output()
     job.kill(signal.SIGKILL)
     job.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while workers(tmp_path / "cache-b"):
         assert time.monotonic() < deadline, "a worker outlived its run"
         time.sleep(0.05)
     done = {path: path.stat().st_ino for path in shards.glob("*/train/shard-*/tokens.bin")}
-    assert len(done) < 4, "the kill came after the work"
+    assert 1 <= len(done) < 4
 
-    ranks.run([*live, f"cache_dir={tmp_path}/cache-b", f"output_dir={tmp_path}/live"], 2, tmp_path)
+    ranks.run(words, 2, tmp_path)
     assert {path: path.stat().st_ino for path in done} == done, "a shard was made again"
     run = records(tmp_path / "live")
     assert sorted(run) == list(range(1, 31))
@@ -129,7 +132,7 @@ def test_a_run_that_waits_for_text_stops_when_one_rank_is_told(ranks, live, tmp_
         assert time.monotonic() < deadline, job.output()
         time.sleep(0.1)
     os.kill(job.pids[1], signal.SIGTERM)
-    assert job.wait(60) == [85, 85], job.output()
+    assert job.wait() == [85, 85], job.output()
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
     assert not workers(tmp_path / "cache")
 
@@ -148,29 +151,18 @@ def evaluation(run: Path) -> tuple[dict, dict]:
     return scores, json.loads((run / "eval/heldout.json").read_text())
 
 
-def hold_at_the_evaluation(job, cache: Path) -> None:
-    """Stop the workers after the text of the first step; return once the run waits for held-out text."""
-    deadline = time.monotonic() + 120
-    while len({shard.parents[1] for shard in cache.glob("shards/*/train/shard-*")}) < 2:
-        assert time.monotonic() < deadline, job.output()
-        time.sleep(0.002)
-    for worker in workers(cache):
-        os.kill(worker, signal.SIGSTOP)
-    assert len(list(cache.glob("shards/*/train/index.json"))) < 2, "too late to hold anything up"
-    while "held-out shard" not in job.output():
-        assert time.monotonic() < deadline, job.output()
-        time.sleep(0.1)
-
-
 def test_an_evaluation_waits_for_held_out_text_can_be_stopped_and_misses_nothing(ranks, evaluated, tmp_path):
     ahead = ["data.preparation=ahead", f"cache_dir={tmp_path}/cache-a", f"output_dir={tmp_path}/ahead"]
     ranks.run([*evaluated, *ahead], 2, tmp_path)
 
     live, cache = [*evaluated, f"cache_dir={tmp_path}/cache-b"], tmp_path / "cache-b"
-    job = ranks.start(live, 2, tmp_path)
-    hold_at_the_evaluation(job, cache)
+    job = ranks.start(live, 2, tmp_path, ALL_BUT_ONE)
+    deadline = time.monotonic() + 240
+    while "held-out shard" not in job.output():
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.1)
     os.kill(job.pids[1], signal.SIGTERM)
-    assert job.wait(60) == [85, 85], job.output()
+    assert job.wait() == [85, 85], job.output()
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000001"]
     assert not workers(cache)
     assert len(list(cache.glob("shards/*/train/index.json"))) < 2, "nothing is left to wait for"
@@ -181,17 +173,11 @@ def test_an_evaluation_waits_for_held_out_text_can_be_stopped_and_misses_nothing
     assert (scores, stored) == evaluation(tmp_path / "ahead")
 
 
-@pytest.mark.timeout(240)
 def test_where_answers_beside_a_run_whose_text_is_still_made_and_after_kill_9(ranks, live, tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"
     options = ["max_steps=1000000", "checkpoint.every=1000000", "data.workers=1"]
-    job = ranks.start([*live, f"cache_dir={cache}", *options], 1, tmp_path)
-    deadline = time.monotonic() + 120
-    while len({path.parent for path in cache.glob("shards/*/train/shard-*")}) < 2:
-        assert time.monotonic() < deadline, job.output()
-        time.sleep(0.002)
-    for worker in workers(cache):
-        os.kill(worker, signal.SIGSTOP)  # what is not made now stays so
+    job = ranks.start([*live, f"cache_dir={cache}", *options], 1, tmp_path, ALL_BUT_ONE)
+    deadline = time.monotonic() + 240
     while not RunDirectory(run).read_metrics():
         assert time.monotonic() < deadline, job.output()
         time.sleep(0.05)
