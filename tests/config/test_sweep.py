@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -115,5 +116,6 @@ def test_a_signal_reaches_the_job_at_work_once_and_ends_the_sweep(start, tmp_pat
     assert sweep.wait(timeout=60) == code
     assert job(tmp_path, 1, heard=True)["received"] == [heard]
     assert not (tmp_path / "job-4").exists()
-    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(timeout=60)
     assert not psutil.pid_exists(pid)

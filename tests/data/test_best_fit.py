@@ -184,9 +184,9 @@ def test_few_documents_that_fit_are_cut_and_a_block_takes_milliseconds() -> None
     seq_len = 2048
     best_seconds = float("inf")
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         spans, edges = best_fit(lengths, seq_len, 0.01)
-        best_seconds = min(best_seconds, time.perf_counter() - start)
+        best_seconds = min(best_seconds, time.process_time() - start)
     assert best_seconds < 0.5  # 0.03 where nothing else runs
     stops = np.cumsum(lengths)
     starts = stops - lengths

@@ -755,8 +755,8 @@ def end_by(
     workers = psutil.Process(process.pid).children() if process.poll() is None else []
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=30)
-    _, left = psutil.wait_procs(workers, timeout=5)
+    _, said = process.communicate(timeout=120)
+    _, left = psutil.wait_procs(workers, timeout=60)
     assert not left
     return process.returncode, said
 

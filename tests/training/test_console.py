@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import io
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -186,8 +188,8 @@ class Terminal:
             env={**inherited, "TERM": "xterm", **environment},
             start_new_session=True,
         )  # fmt: skip
-        os.set_blocking(self._ours, False)
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # what comes may end within a character
 
     def resize(self, width: int) -> None:
         fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
@@ -198,12 +200,10 @@ class Terminal:
         while not until():
             assert time.monotonic() < deadline, self.seen
             ended = self.process.poll() is not None
-            try:
-                self.seen += os.read(self._ours, 65536).decode()
-            except BlockingIOError:
-                if ended:
-                    return
-                time.sleep(0.02)
+            if select.select([self._ours], [], [], 0.5)[0]:
+                self.seen += self._decoder.decode(os.read(self._ours, 65536))
+            elif ended:
+                return
 
     def close(self) -> int:
         """Read to the end; the exit code."""

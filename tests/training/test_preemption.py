@@ -111,7 +111,7 @@ def test_a_step_that_hangs_ends_with_the_grace(paused, tmp_path):
 def test_a_run_stops_before_its_time_is_over(ranks, tiny, tmp_path):
     """However slow this machine is: what was trained by then is saved."""
     began = time.monotonic()
-    overrides = ["max_steps=100000", "checkpoint.every=100000", "time_limit=14", "grace_seconds=4"]
+    overrides = ["max_steps=100000", "checkpoint.every=100000", "time_limit=130", "grace_seconds=120"]
     job = ranks.start([*tiny, *overrides], 2, tmp_path)
     assert job.wait() == [85, 85], job.output()
     assert time.monotonic() - began > 9

@@ -44,7 +44,7 @@ def test_a_resumed_run_is_bit_equal(ranks, tiny, tmp_path, stage, precision):
 
 
 def test_auto_resume_after_sigterm_goes_on_where_it_stopped(ranks, tiny, tmp_path):
-    common = [*tiny, "max_steps=400", "checkpoint.every=1000", "callbacks.evaluation.every=0"]
+    common = [*tiny, "max_steps=100000", "checkpoint.every=100000", "callbacks.evaluation.every=0"]
     job = ranks.start(common, 2, tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
