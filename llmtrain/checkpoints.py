@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtrain.config import UserError
-from llmtrain.config.door import plain_door
+from llmtrain.config.door import Parser, plain_door
 from llmtrain.config.table import print_table
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _at_least_two(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain checkpoints`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llmtrain checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("list", "verify", "prune"))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.config.door import plain_door
+from llmtrain.config.door import Parser, plain_door
 from llmtrain.config.table import print_lines, print_table
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def as_dict(runs: Sequence[Compared], page: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain compare`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llmtrain compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory, finished or running")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.config.door import plain_door, step_or_best
+from llmtrain.config.door import Parser, plain_door, step_or_best
 from llmtrain.config.table import print_table
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def show(results: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain evaluate`."""
-    parser = argparse.ArgumentParser(prog="llmtrain evaluate", description=__doc__)
+    parser = Parser(prog="llmtrain evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument(
         "--step", type=step_or_best, help="the checkpoint of this step, or `best` (default: the newest)"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config.door import plain_door, step_or_best
+from llmtrain.config.door import Parser, plain_door, step_or_best
 
 
 def _told(note: dict[str, Any]) -> str:
@@ -24,7 +24,7 @@ def _size(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llmtrain export", description=__doc__)
+    parser = Parser(prog="llmtrain export", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("output", type=Path, help="a new directory for the Hugging Face files")
     parser.add_argument(

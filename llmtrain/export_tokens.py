@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from llmtrain.config.door import plain_door
+from llmtrain.config.door import Parser, plain_door
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llmtrain export_tokens", description=__doc__)
+    parser = Parser(prog="llmtrain export_tokens", description=__doc__)
     parser.add_argument("prepared", type=Path, help="a directory with an index.json of `llmtrain prepare`")
     parser.add_argument("prefix", type=Path, help="<prefix>.bin and <prefix>.idx are written")
     a = parser.parse_args(argv)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtrain.config.door import plain_door, step_or_best
+from llmtrain.config.door import Parser, plain_door, step_or_best
 
 if TYPE_CHECKING:
     from llmtrain.training.finished import Step
@@ -47,7 +47,7 @@ def _temperature(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llmtrain generate", description=__doc__)
+    parser = Parser(prog="llmtrain generate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument(

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from llmtrain.config.door import plain_door
+from llmtrain.config.door import Parser, plain_door
 from llmtrain.importing import signals_end_it
 
 INTRODUCTION = """\
@@ -44,7 +44,7 @@ def page() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the page."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llmtrain keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args(argv)

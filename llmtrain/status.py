@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtrain.config.door import plain_door
+from llmtrain.config.door import Parser, plain_door
 from llmtrain.config.table import print_lines
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def status(runs: Sequence[Path], *, as_json: bool) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain status`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llmtrain status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, nargs="+", help="a run directory, whatever has become of it")

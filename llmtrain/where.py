@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config import UserError
-from llmtrain.config.door import plain_door
+from llmtrain.config.door import Parser, plain_door
 from llmtrain.config.errors import did_you_mean
 
 KEYS = ("step", "row", "document", "text", "until", "most", "loss", "format")
@@ -81,7 +81,7 @@ def parse(words: list[str]) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The door of `llmtrain where`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llmtrain where", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory, finished or running")

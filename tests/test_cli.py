@@ -73,6 +73,17 @@ def test_an_unknown_door_is_one_line() -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", doors())
+def test_a_word_that_no_door_knows_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main([name, "--stepp"])
+    except SystemExit as end:
+        code = end.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (code, line[:7]) == (78, "error: ")
+    assert "--help" in line
+
+
 def test_a_door_gets_the_rest_of_the_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

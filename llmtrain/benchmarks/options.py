@@ -1,4 +1,4 @@
-"""The command line of `llmtrain bench`; nothing is imported to read it."""
+"""The command line of `llmtrain bench`; no benchmark is imported to read it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from llmtrain.config.door import Parser
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -16,7 +18,7 @@ PEERS = ("torch", "llmtrain", "huggingface", "litgpt", "nanogpt")
 
 def parser(description: str | None, runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     """A parser with a command for each of `runs`, described by its docstring; `run` is what it chose."""
-    top = argparse.ArgumentParser(prog="llmtrain bench", description=description)
+    top = Parser(prog="llmtrain bench", description=description)
     commands = top.add_subparsers(dest="benchmark", required=True)
     for name, (words, add) in COMMANDS.items():
         one = commands.add_parser(name, help=words, description=runs[name].__doc__)

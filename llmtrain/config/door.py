@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
 import os
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal
+from typing import Literal, NoReturn
 
 from llmtrain.config.errors import ExitCode, UserError
 from llmtrain.config.secrets import without_secrets
@@ -57,8 +58,17 @@ def exit_code_of(error: BaseException | None) -> int:
     return 1
 
 
+class Parser(argparse.ArgumentParser):
+    """Of a door's arguments: a mistake is one line and exit code 78."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ExitCode.CONFIG, f"error: {message}; see {self.prog} --help\n")
+
+
 def step_or_best(text: str) -> int | Literal["best"]:
     """The value of `--step`: of a checkpoint, or the word `best`."""
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a step, such as 100, or best")
     return "best" if text == "best" else int(text)
 
 
