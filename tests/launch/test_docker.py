@@ -105,8 +105,10 @@ def debian(buildah: Buildah, folder: Path) -> list[str]:
     lines += [f'ENV PIP_{key.upper().replace("-", "_")}="{value}"' for key, value in settings.items()]
     (folder / "pip" / "Containerfile").write_text("\n".join(lines) + "\n")
     buildah.build("localhost/debian-pip", folder / "pip")
-    folders = sorted({re.sub("^/+", "/", place) for place in named if Path(place).is_dir()})
-    return [f"--volume={place}:{place}:ro" for place in folders]
+    folders = {Path(re.sub("^/+", "/", place)) for place in named if Path(place).is_dir()}
+    # The pages of an index name files beside it.
+    whole = sorted({folder.parent if folder.name == "simple" else folder for folder in folders})
+    return [f"--volume={folder}:{folder}:ro" for folder in whole]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 TRAIN, PREPARE = LAUNCH / "slurm.sbatch", LAUNCH / "slurm_prepare.sbatch"
-STEPS = 300
+STEPS = 200
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 
 RECORDING = f"""
@@ -145,6 +146,7 @@ def test_preempted_and_without_a_node_a_run_is_the_one_that_never_stopped(
             assert trained and trained == tokens[begin * size :][: len(trained)]
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_takes_is_saved_preempted_it_goes_on_and_cancelled_it_is_over(
     cluster: Cluster, checkout: Path, variables: dict[str, str], tiny: list[str]
 ):
@@ -168,18 +170,22 @@ def test_a_job_that_slurm_takes_is_saved_preempted_it_goes_on_and_cancelled_it_i
     assert (run / "checkpoints" / f"step_{cancelled:08d}").is_dir(), printed(checkout, job)
 
 
+@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_srun_needs_no_script(
-    cluster: Cluster, checkout: Path, variables: dict[str, str], tiny: list[str], ranks: RankServer
+    cluster: Cluster,
+    checkout: Path,
+    variables: dict[str, str],
+    tiny: list[str],
+    ranks: RankServer,
+    world: int,
 ):
     """Its tasks write the metrics.jsonl of as many ranks, and it ends with their code."""
     words = [*tiny, "max_steps=3"]
     environment = cluster.environment | variables | {"TMPDIR": str(cluster.place / "tmp")}
-    for world in (1, 2):
-        expected, run = checkout / f"whole-{world}", checkout / f"run-{world}"
-        ranks.run([*words, f"output_dir={expected}"], world, checkout)
-        srun = ["srun", f"--nodes={world}", "--ntasks-per-node=1", "python", "-m", "llmtrain.train"]
-        cluster.ask(*srun, *words, f"output_dir={run}", cwd=checkout, env=environment, timeout=240)
-        assert metrics(run) == metrics(expected)
+    ranks.run([*words, f"output_dir={checkout}/whole"], world, checkout)
+    srun = ["srun", f"--nodes={world}", "--ntasks-per-node=1", "python", "-m", "llmtrain.train"]
+    cluster.ask(*srun, *words, cwd=checkout, env=environment, timeout=240)
+    assert metrics(checkout / "run") == metrics(checkout / "whole")
     mistaken = subprocess.run(
         [*srun, "max_step=3"], cwd=checkout, env=environment, capture_output=True, text=True, timeout=240
     )
@@ -214,13 +220,39 @@ def test_the_overrides_and_the_environment_arrive_unchanged(
     assert (seen["SLURM_NTASKS"], seen["SLURM_JOB_NAME"]) == ("2", "a name")
 
 
-@pytest.mark.parametrize("code", [73, 78, 87, 88])
-def test_what_another_start_would_not_mend_is_not_queued_again(
-    cluster: Cluster, checkout: Path, answers: dict[str, str], code: int
+def test_a_job_that_slurm_takes_goes_on_and_one_that_is_cancelled_is_over(
+    cluster: Cluster, checkout: Path, answers: dict[str, str], stand_in: Path
 ):
-    job = cluster.submit(*TWO_NODES, TRAIN, directory=checkout, **answers, CODE=str(code))
+    """An urgent job gets all nodes. `ends` waits until no process of the cancelled one is left."""
+    started = [stand_in / f"started-{rank}" for rank in (0, 1)]
+    job = cluster.submit(*TWO_NODES, TRAIN, directory=checkout, **answers, MODE="orderly")
+    cluster.wait_until(lambda: all(file.exists() for file in started))
+    for file in started:
+        file.unlink()
+    everything = ("--partition=urgent", "--nodes=3", "--exclusive", "--wrap=true")
+    assert cluster.ends(cluster.submit(*everything, directory=checkout))["JobState"] == "COMPLETED"
+    for rank in (0, 1):
+        heard = stand_in / f"signals-{rank}"
+        assert set(json.loads(heard.read_text())) == {signal.SIGTERM}
+        heard.unlink()
+    cluster.wait_until(lambda: cluster.hurry(job) == "RUNNING" and all(file.exists() for file in started))
+    cluster.ask("scancel", job)
     state = cluster.ends(job)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{code}:0", "0")
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "1"), printed(checkout, job)
+    assert all((stand_in / f"signals-{rank}").exists() for rank in (0, 1))
+
+
+def test_what_another_start_would_not_mend_is_not_queued_again(
+    cluster: Cluster, checkout: Path, answers: dict[str, str]
+):
+    jobs = {}
+    for code in ("73", "78", "87", "88"):  # each with notes of its own
+        (checkout / code).mkdir()
+        told = answers | {"CODE": code, "STAND_IN": str(checkout / code)}
+        jobs[code] = cluster.submit(*TWO_NODES, TRAIN, directory=checkout, **told)
+    for code, job in jobs.items():
+        state = cluster.ends(job)
+        assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{code}:0", "0")
 
 
 def test_a_hang_is_queued_again_so_many_times(cluster: Cluster, checkout: Path, answers: dict[str, str]):
