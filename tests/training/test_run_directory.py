@@ -233,7 +233,7 @@ def test_a_lock_of_another_machine_holds_where_their_file_system_keeps_locks_apa
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record is all that is seen of it: it holds as long as its owner touches it."""
-    monkeypatch.setattr("llmtrain.training.run_lock.TOUCH_SECONDS", 0.3)
+    monkeypatch.setattr("llmtrain.training.run_lock.TOUCH_SECONDS", 5.0)
     owner = {"host": "elsewhere", "pid": 7, "boot_id": "another", "started": "then"}
     lock = run.path / ".lock"
     lock.write_text(json.dumps(owner))
@@ -247,6 +247,7 @@ def test_a_lock_of_another_machine_holds_where_their_file_system_keeps_locks_apa
     finally:
         other.kill()
         other.wait()
+    monkeypatch.setattr("llmtrain.training.run_lock.TOUCH_SECONDS", 0.3)
     run.lock()
     assert json.loads(lock.read_text())["pid"] == os.getpid()
     touched = lock.stat().st_mtime_ns
