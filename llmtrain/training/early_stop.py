@@ -67,10 +67,9 @@ def has_stopped(config: TrainConfig, directory: RunDirectory, checkpoint: Path) 
         saved = read_record(checkpoint)
     except DamagedError:
         return False
-    changed = changes(saved, {**saved, "config": redact(config.model_dump(mode="json"))})
-    if other_text(changed):
+    if other_text(changes(saved, {**saved, "config": redact(config.model_dump(mode="json"))})):
         return False
-    stop = early_stop_of(config, saved, changed)
+    stop = early_stop_of(config, saved)
     for event in reversed(directory.read_events()):
         if event["event"] == "evaluation" and event["step"] == saved["step"]:
             stop.add(event["step"], event["bits_per_byte"])

@@ -65,7 +65,7 @@ def test_a_computation_ticks_while_it_computes_and_not_while_it_waits(
     make_once(tmp_path / "computed", compute, "it", lambda: ticks.append(None))
     assert ticks
     ticks.clear()
-    monkeypatch.setattr(artefacts, "WORKS", 0.5)  # other tests may have left a thread
+    monkeypatch.setattr(artefacts, "WORKS", 0.5)  # gloo's loops, which other tests left, wake every 10 ms
     make_once(tmp_path / "waited", lambda _: time.sleep(1.0), "it", lambda: ticks.append(None))
     assert not ticks
 

@@ -303,7 +303,7 @@ def test_no_step_waits_for_a_logger_of_another_package(
 
     class Slow:
         def __init__(self) -> None:
-            over.wait()
+            over.wait(60)
             threads.add(threading.current_thread())
 
         def log(self, line: Mapping[str, Any]) -> None:
