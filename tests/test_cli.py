@@ -59,10 +59,10 @@ def test_a_signal_while_libraries_are_imported_is_one_line(number: signal.Signal
         "cli.importlib = types.SimpleNamespace(import_module=slow)\n"
         "sys.exit(cli.main(['train']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (done.returncode, done.stderr) == (128 + number, line)
     heavy = "import sys, llmtrain.cli; sys.exit('pydantic' in sys.modules)"  # before the signals are heard
-    assert subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, timeout=30).returncode == 0
+    assert subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, timeout=120).returncode == 0
 
 
 def test_an_unknown_door_is_one_line() -> None:

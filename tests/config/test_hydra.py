@@ -204,7 +204,7 @@ def test_cfg_shows_the_config_without_running(capfd: pytest.CaptureFixture[str])
 
 def test_info_is_answered_by_hydra() -> None:
     process = start(["--info", "searchpath"])
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert str(CONF) in out
 
@@ -307,7 +307,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (130, "error: interrupted\n")
 
 

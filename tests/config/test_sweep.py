@@ -113,9 +113,9 @@ def test_a_signal_reaches_the_job_at_work_once_and_ends_the_sweep(start, tmp_pat
     sweep = start("name=wait", "max_steps=1,4")
     pid = job(tmp_path, 1)["pid"]
     sweep.send_signal(number)
-    assert sweep.wait(timeout=60) == code
+    assert sweep.wait(timeout=120) == code
     assert job(tmp_path, 1, heard=True)["received"] == [heard]
     assert not (tmp_path / "job-4").exists()
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(timeout=60)
+        psutil.Process(pid).wait(timeout=120)
     assert not psutil.pid_exists(pid)

@@ -50,7 +50,7 @@ def on_a_terminal(columns: int) -> list[str]:
         except OSError:  # a terminal that nobody has any more
             break
     os.close(ours)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
 
 

@@ -756,7 +756,7 @@ def end_by(
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
     _, said = process.communicate(timeout=120)
-    _, left = psutil.wait_procs(workers, timeout=60)
+    _, left = psutil.wait_procs(workers, timeout=120)
     assert not left
     return process.returncode, said
 
@@ -777,8 +777,8 @@ def test_the_door_may_be_killed_again_and_again(tmp_path: Path) -> None:
         time.sleep(chosen.random() / 10)
     assert kills > 2
     last = open_door(tmp_path, "cache")
-    _, said = last.communicate(timeout=60)
-    assert last.returncode == 0 == undisturbed.wait(timeout=60), said
+    _, said = last.communicate(timeout=120)
+    assert last.returncode == 0 == undisturbed.wait(timeout=120), said
     assert content(tmp_path / "cache/shards") == content(tmp_path / "undisturbed/shards") != {}
     assert not list(tmp_path.glob("cache/**/.*tmp*"))
 
@@ -816,21 +816,21 @@ def test_signals_are_one_line_before_the_work_begins(number: signal.Signals, lin
         f"prepare._config = lambda: os.kill(os.getpid(), {number}) or time.sleep(60)\n"
         "prepare.main([])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (128 + number, line)
 
 
 def test_two_processes_at_once_do_the_work_once(slow: Path, tmp_path: Path) -> None:
     file = write_texts(tmp_path / "a.jsonl", some_texts(400))
     processes = [start(slow, file, 0.4) for _ in range(2)]
-    answers = [process.communicate(timeout=60)[0] for process in processes]
+    answers = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert answers[0] == answers[1] != ""
     count = batches_done(tmp_path / "log")
     assert "asks" in (tmp_path / "log").read_text().splitlines()[1:-1]  # they did want it at the same time
     (tmp_path / "log").unlink()
     alone = write_texts(tmp_path / "b.jsonl", some_texts(400))
-    start(slow, alone, 0).communicate(timeout=60)
+    start(slow, alone, 0).communicate(timeout=120)
     assert count == batches_done(tmp_path / "log") > 5
 
 

@@ -151,7 +151,7 @@ def stand_ins(folder: str | Path) -> list[psutil.Process]:
     return found
 
 
-def wait_for(*paths: Path, seconds: float = 60.0) -> None:
+def wait_for(*paths: Path, seconds: float = 240.0) -> None:
     """Until all of these exist."""
     deadline = time.monotonic() + seconds
     while not all(path.exists() for path in paths):

@@ -48,7 +48,7 @@ def test_a_signal_while_it_sets_up_ends_it_in_order(job, stand_in, sent, queued)
     (repository / "launch" / "supervise.py").write_text("raise SystemExit('started all the same')")
     (repository / "launch" / "setup.sh").write_text(f"kill -{sent} $$; sleep 0.1\n")
     script = job(SLURM_SUBMIT_DIR=str(repository))
-    errors = script.communicate(timeout=60)[1]
+    errors = script.communicate(timeout=120)[1]
     assert script.returncode == 85, errors
     assert "started" not in errors
     assert (stand_in / "scontrol").exists() == queued
@@ -69,13 +69,13 @@ def test_a_signal_as_the_ranks_end_leaves_their_code(job, stand_in):
     (supervisor,) = held.children()
     held.suspend()
     supervisor.send_signal(signal.SIGUSR1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while supervisor.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     script.send_signal(signal.SIGUSR1)
     held.resume()
-    errors = script.communicate(timeout=60)[1]
+    errors = script.communicate(timeout=120)[1]
     assert script.returncode == 85, errors
     assert "stopped and saved: queueing again" in errors
     assert stand_ins(stand_in) == []
