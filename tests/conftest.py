@@ -60,8 +60,9 @@ def alone(request: pytest.FixtureRequest) -> Iterator[None]:
     formatters = {one: one.formatter for one in logging.getLogger().handlers}
     before, handlers = dict(os.environ), {number: signal.getsignal(number) for number in STOPS}
     yield
-    for name in {"ranks", "cpu_ranks"} & {*request.fixturenames}:
-        request.getfixturevalue(name).end()
+    for fixture in request.node.funcargs.values():
+        if isinstance(fixture, RankServer):
+            fixture.end()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.set_wakeup_fd(-1)
