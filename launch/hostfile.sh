@@ -13,9 +13,9 @@
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launch/usage.sh" "$@"
-source "$launch/setup.sh"
 [[ -f ${1-} ]] ||
     { echo "hostfile: ${1:+$1: no such file; }the first word is the file of hosts: bash $0 hosts.txt [overrides]" >&2; exit 78; }
+source "$launch/setup.sh"
 LLMTRAIN_JOB=$(printf '%q ' bash "$launch/hostfile.sh" "$1")
 export LLMTRAIN_JOB
 source "$launch/questions.sh" "${@:2}"

@@ -1,4 +1,4 @@
-"""--help of the launch scripts, on a machine where nothing is set up."""
+"""--help and mistakes of the launch scripts, on a machine where nothing is set up."""
 
 from __future__ import annotations
 
@@ -28,4 +28,21 @@ def test_help_prints_the_comment_on_top_and_sets_nothing_up(tmp_path, script, wo
     assert f"# {first}" == (LAUNCH / script).read_text().splitlines()[1]
     assert any(f"launch/{script} " in line for line in rest)
     assert "SBATCH" not in done.stdout and "set -euo" not in done.stdout
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [(["host.txt", "a=1"], "host.txt: no such file"), ([], "the first word")]
+)
+def test_a_file_of_hosts_that_is_not_there_is_one_line(tmp_path, words, named):
+    done = subprocess.run(
+        ["bash", LAUNCH / "hostfile.sh", *words],
+        env=os.environ | {"LLMTRAIN_VENV": str(tmp_path / "venv")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line.startswith(f"hostfile: {named}")) == (78, True), line
     assert not (tmp_path / "venv").exists()

@@ -55,9 +55,15 @@ def candidates(resume: str, directory: Path) -> list[Path]:
     named = Path(resume)
     found = [named] if (named / RECORD).is_file() else _newest_first(named / "checkpoints")
     if not found:
+        beside = [path.name for path in _newest_first(named.parent)]
+        way = (
+            f"there are {', '.join(beside)}"
+            if beside
+            else "a path is like runs/name/checkpoints/step_00000100"
+        )
         raise UserError(
             f"resume={resume}: neither a checkpoint nor a run directory with one; "
-            "use resume=auto, resume=never or a path like runs/name/checkpoints/step_00000100"
+            f"{way}; or use resume=auto or resume=never"
         )
     return found
 

@@ -44,6 +44,8 @@ def test_what_resume_means(own, tmp_path):
         find_checkpoint(str(own / "step_00000002"), own)
     with pytest.raises(UserError, match="neither a checkpoint nor a run"):
         find_checkpoint("nowhere", tmp_path / "empty")
+    with pytest.raises(UserError, match="there are step_00000006, step_00000004, step_00000002;"):
+        find_checkpoint(str(own / "step_00000005"), tmp_path / "empty")
 
 
 @pytest.mark.parametrize("file", [rank_file(0), RECORD, MANIFEST])
