@@ -47,8 +47,9 @@ def run_each(module: str, jobs: Sequence[Sequence[str]]) -> int:
                 logger.warning("job %d ended with exit code %d", number, code)
                 failed.append(code)
             left = len(jobs) - number - 1
-            if left and (received or code == ExitCode.PREEMPTED):
-                logger.warning("the sweep stops: %d of %d jobs have not begun", left, len(jobs))
+            if code == ExitCode.PREEMPTED or (received and (left or code)):
+                if left:
+                    logger.warning("the sweep stops: %d of %d jobs have not begun", left, len(jobs))
                 return code or (INTERRUPTED if signal.SIGINT in received else ExitCode.PREEMPTED)
     if failed:
         logger.warning("%d of %d jobs failed", len(failed), len(jobs))

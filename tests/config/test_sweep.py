@@ -91,6 +91,13 @@ def test_a_job_that_was_preempted_ends_the_sweep(start, tmp_path):
     assert not (tmp_path / "job-4").exists()
 
 
+def test_so_does_the_last_job_whatever_failed_before_it(start):
+    sweep = start("max_steps=2,3")
+    _, errors = sweep.communicate(timeout=120)
+    assert sweep.returncode == 85
+    assert errors.splitlines()[-1] == "job 1 ended with exit code 85"
+
+
 def test_a_mistake_in_any_job_is_told_before_the_first(start, tmp_path):
     sweep = start("max_steps=1,none")
     _, errors = sweep.communicate(timeout=120)
