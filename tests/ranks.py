@@ -165,7 +165,9 @@ class RankServer:
 
     def end(self) -> None:
         """Kill the ranks of every job that still run: a test that fails leaves some."""
-        Job(self, [*self._pids], []).kill()
+        job = Job(self, [*self._pids], [])
+        job.kill()
+        job.wait()
         self._pids.clear()
 
     def close(self) -> None:
