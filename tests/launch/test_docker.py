@@ -138,12 +138,14 @@ def test_the_image_is_built_and_trains_as_anybody_but_root(container, tiny, corp
     buildah, name = container
     config = json.loads(buildah("inspect", "--type", "image", "localhost/llmtrain"))["OCIv1"]["config"]
     small = [word for word in tiny if "data" not in word.split("=")[0] and "_dir=" not in word]
+    text = shutil.copytree(corpus, tmp_path / "corpus")
+    text.chmod(0o755)  # pytest's own folders are for their user alone
     for user in (config["User"], "12345"):
         runs = tmp_path / user
         runs.mkdir()
         os.chown(runs, int(user), 0)
         job = [*config["Entrypoint"], *small, "max_steps=2", "data=files"]
         job += ["data.sources.text.path=/corpus/prose.jsonl", "name=image"]
-        mounts = [f"--volume={runs}:/llmtrain/runs", f"--volume={corpus}:/corpus:ro"]
+        mounts = [f"--volume={runs}:/llmtrain/runs", f"--volume={text}:/corpus:ro"]
         buildah.run(name, "--user", user, *mounts, "--", *job)
         assert (runs / "image" / "DONE").stat().st_uid == int(user)
