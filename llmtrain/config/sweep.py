@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from llmtrain.config.errors import ExitCode
 
@@ -61,7 +62,9 @@ def _run(command: Sequence[str], received: Sequence[signal.Signals]) -> int:
 
     It has a session of its own: Ctrl-C in a terminal comes to it through us alone, for a second one kills.
     """
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+    process = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=partial(_end_with_parent, os.getpid())
+    )
     sent = 0
     while True:
         for number in received[sent:]:
@@ -74,10 +77,12 @@ def _run(command: Sequence[str], received: Sequence[signal.Signals]) -> int:
         return code if code >= 0 else 128 - code
 
 
-def _end_with_parent() -> None:
-    """SIGTERM for the job when the sweep is gone, even by SIGKILL."""
+def _end_with_parent(parent: int) -> None:
+    """SIGTERM for the job when the sweep, process `parent`, is gone, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # gone before we asked to be told
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

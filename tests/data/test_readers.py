@@ -15,9 +15,11 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,6 +42,7 @@ from llmtrain.data.readers import cutting, files, urls
 from llmtrain.data.readers import json_array as json_array_module
 from llmtrain.data.readers import jsonl as jsonl_module
 from llmtrain.data.readers.fields import Fields
+from llmtrain.data.readers.formats import input_files, resolve_format
 from llmtrain.data.records import Document, Record, Rejected, Slice, TokenDocument
 
 TEXTS = ["first\n\ttext", "x", "漢字 🎉 \u2028 end", "</s> is text", "last"]
@@ -667,6 +670,7 @@ def test_heavy_libraries_are_left_alone_until_they_are_needed(tmp_path: Path) ->
     write_jsonl(tmp_path / "a.jsonl")
     program = """
 import sys
+import tempfile
 from llmtrain.data import readers
 from llmtrain.data.config import SourceConfig
 source = SourceConfig(path=sys.argv[1], weight=1)
@@ -967,6 +971,42 @@ def test_a_directory_that_does_not_answer_is_not_left_out(
     with pytest.raises(UserError, match=r"cannot be listed: 4 attempts failed; the last: Client"):
         files.list_files(f"{address}/**/*.jsonl", lambda name: True)
     assert handler.asked["/in/deep"] >= 4  # aiohttp asks again itself where a connection was used before
+
+
+def test_a_directory_that_may_not_be_read_is_not_left_out() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o755)
+        (place / "a.jsonl").touch()
+        closed = place / "deep" / "closed"
+        closed.mkdir(parents=True)
+        config = SourceConfig(path=name, weight=1)
+        assert [file.name for file in input_files(config)] == [f"{name}/a.jsonl"]
+        for directory in (closed, place):
+            directory.chmod(0)
+            with (
+                as_another_user(),
+                pytest.raises(UserError, match=rf"^{name} cannot be listed: .*Permission"),
+            ):
+                assert resolve_format(config) == "files"
+                input_files(config)
+
+
+@contextmanager
+def as_another_user() -> Iterator[None]:
+    """Root may read everything; nobody may not."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_path_that_cannot_be_is_a_mistake() -> None:
+    with pytest.raises(UserError, match="too long"):
+        input_files(SourceConfig(path=f"/tmp/{'x' * 300}.jsonl", weight=1))
 
 
 def test_a_server_that_does_not_answer_is_not_one_without_the_file(

@@ -37,7 +37,10 @@ OVERLAYS = sorted(path.parent.name for path in K8S.glob("*/kustomization.yaml"))
 FINAL = {ExitCode.LOCKED, ExitCode.CONFIG, ExitCode.NON_FINITE, ExitCode.CORRUPTION}
 """Another start would end in the same way."""
 
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+
+def needs_kubectl(test: Callable[..., None]) -> Any:
+    missing = shutil.which("kubectl") is None
+    return pytest.mark.system(pytest.mark.skipif(missing, reason="needs kubectl")(test))
 
 
 def documents(file: Path) -> list[dict[str, Any]]:

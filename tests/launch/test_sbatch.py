@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -37,14 +38,15 @@ def job(start: Callable, environment: dict[str, str], stand_in: Path) -> Callabl
         "SLURM_JOB_ID": f"test-{os.getpid()}",
         "SLURM_TASKS_PER_NODE": "1",
     }
-    return lambda **variables: start("bash", LAUNCH / "slurm.sbatch", **(slurm | variables))
+    return lambda *words, **variables: start("bash", LAUNCH / "slurm.sbatch", *words, **(slurm | variables))
 
 
 @pytest.mark.parametrize(("sent", "queued"), [("USR1", True), ("TERM", False)])
 def test_a_signal_while_it_sets_up_ends_it_in_order(job, stand_in, sent, queued):
     repository = stand_in / "repository"
     (repository / "launch").mkdir(parents=True)
-    (repository / "launch" / "usage.sh").touch()
+    for name in ("usage.sh", "questions.sh"):
+        (repository / "launch" / name).touch()
     (repository / "launch" / "supervise.py").write_text("raise SystemExit('started all the same')")
     (repository / "launch" / "setup.sh").write_text(f"kill -{sent} $$; sleep 0.1\n")
     script = job(SLURM_SUBMIT_DIR=str(repository))
@@ -79,3 +81,14 @@ def test_a_signal_as_the_ranks_end_leaves_their_code(job, stand_in):
     assert script.returncode == 85, errors
     assert "stopped and saved: queueing again" in errors
     assert stand_ins(stand_in) == []
+
+
+def test_what_one_process_answers_is_asked_of_one_and_a_sweep_is_refused(job, stand_in):
+    script = job("seed=1", "--cfg", "job", UNDONE="1")
+    errors = script.communicate(timeout=120)[1]
+    assert script.returncode == 0, errors
+    assert json.loads((stand_in / "started-alone").read_text())["argv"] == ["seed=1", "--cfg", "job"]
+    script = job("seed=1,2", "-m")
+    errors = script.communicate(timeout=120)[1]
+    assert (script.returncode, errors.count("\n")) == (78, 1) and "-m: a sweep" in errors, errors
+    assert not (stand_in / "scontrol").exists()

@@ -57,7 +57,8 @@ def is_directory(where: str) -> bool:
 
 def list_files(where: str, suits: Callable[[str], bool]) -> list[InputFile]:
     """The file or the matches of a glob, or the files of a directory that suit; sorted, maybe none."""
-    found = _list_remote(where, suits) if is_url(where) else _list_local(where, suits)
+    with _listing(where):
+        found = _list_remote(where, suits) if is_url(where) else _list_local(where, suits)
     return sorted(found, key=lambda file: file.name.split("/"))
 
 
@@ -66,10 +67,20 @@ def _list_local(where: str, suits: Callable[[str], bool]) -> list[InputFile]:
     if path.is_file():
         return [_local(path)]
     if path.is_dir():
-        below = (file for file in path.rglob("*") if not _is_hidden(file.relative_to(path).parts))
-        return [_local(file) for file in below if suits(str(file)) and file.is_file()]
+        return [_local(file) for file in _files_below(path) if suits(str(file)) and file.is_file()]
     matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob refuses absolute patterns)
     return [_local(Path(match)) for match in matches if Path(match).is_file()]
+
+
+def _files_below(directory: Path) -> Iterator[Path]:
+    """All but hidden ones. OSError where a directory cannot be read: `rglob` leaves it out in silence."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, directories, names in os.walk(directory, onerror=refuse):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def _local(path: Path) -> InputFile:
@@ -132,33 +143,30 @@ def _signs(url: str) -> str:
 
 
 def _list_remote(url: str, suits: Callable[[str], bool]) -> list[InputFile]:
-    with _listing(url):
-        files, path = filesystem(url)
-        if "::" in url:  # a chain, such as an archive behind a server, is one exact file
-            return [_remote(url, retrying(lambda: files.info(path), url))]
-        if _is_pattern(url):
-            found = _matches(files, path, url)
-            if "/." not in url:  # as the shell does, and Python's glob
-                found = {name: info for name, info in found.items() if not _is_hidden(name.split("/"))}
-        else:
-            try:
-                info = retrying(lambda: files.info(path), url)
-            except FileNotFoundError as error:
-                if not is_missing(error):
-                    raise
-                return []
-            if info["type"] == "file" and not url.endswith("/"):
-                return [_remote(url, info)]
-            below = _below(files, path, math.inf, url)
-            depth = len(path.rstrip("/").split("/"))
-            found = {
-                name: info
-                for name, info in below.items()
-                if suits(name) and not _is_hidden(name.split("/")[depth:])
-            }
-        return [
-            _remote(files.unstrip_protocol(name), _sized(files, name, info)) for name, info in found.items()
-        ]
+    files, path = filesystem(url)
+    if "::" in url:  # a chain, such as an archive behind a server, is one exact file
+        return [_remote(url, retrying(lambda: files.info(path), url))]
+    if _is_pattern(url):
+        found = _matches(files, path, url)
+        if "/." not in url:  # as the shell does, and Python's glob
+            found = {name: info for name, info in found.items() if not _is_hidden(name.split("/"))}
+    else:
+        try:
+            info = retrying(lambda: files.info(path), url)
+        except FileNotFoundError as error:
+            if not is_missing(error):
+                raise
+            return []
+        if info["type"] == "file" and not url.endswith("/"):
+            return [_remote(url, info)]
+        below = _below(files, path, math.inf, url)
+        depth = len(path.rstrip("/").split("/"))
+        found = {
+            name: info
+            for name, info in below.items()
+            if suits(name) and not _is_hidden(name.split("/")[depth:])
+        }
+    return [_remote(files.unstrip_protocol(name), _sized(files, name, info)) for name, info in found.items()]
 
 
 def _matches(files: Any, path: str, url: str) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -55,9 +56,11 @@ def _is_prepared(directory: Path) -> bool:
 
 
 def is_saved_dataset(where: str) -> bool:
-    """Whether this is a directory that `datasets` saved."""
+    """Whether this is a directory that `datasets` saved, as far as it can be looked at."""
     path = Path(where).expanduser()
-    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+    with suppress(OSError):
+        return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+    return False
 
 
 def plain_suffix(name: str) -> str:
