@@ -21,6 +21,9 @@ exec "$@"
 SCONTROL = """#!/bin/bash
 echo "$@" >>"$STAND_IN/scontrol"
 [[ ! ${LATE-} ]] || kill -USR1 $PPID
+[[ $1 != show || ! ${EARLY-} ]] || { read -r _ _ _ script _ <"/proc/$PPID/stat"; kill -USR1 "$script"; }
+[[ $1 != show || ! ${BROKEN-} ]] || { echo "slurm_load_jobs error: Socket timed out" >&2; exit 1; }
+for kind in ${SHOWN-}; do echo "     Nodes=n CPU_IDs=0-7 Mem=0 GRES=${kind#-}"; done
 """
 
 
@@ -92,3 +95,39 @@ def test_what_one_process_answers_is_asked_of_one_and_a_sweep_is_refused(job, st
     errors = script.communicate(timeout=120)[1]
     assert (script.returncode, errors.count("\n")) == (78, 1) and "-m: a sweep" in errors, errors
     assert not (stand_in / "scontrol").exists()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        ("gpu:a100:1(IDX:0) gpu:h100:1(S:0-1) gpu:1", ""),
+        ("nvme:1(CNT:1),gpu:a100:1(IDX:3),shard:0(IDX:N/A)", ""),
+        ("gpu:a100:1(IDX:0) -", "gpu:0 and gpu:1 a node"),
+        ("gpu:1(IDX:0) gpu:a100:2(IDX:0,2),gpu:h100:1(IDX:1)", "gpu:1 and gpu:3 a node"),
+        ("nvme:1(CNT:1),gpu:1(IDX:0) nvme:1(CNT:1),gpu:2(IDX:0-1)", "gpu:1 and gpu:2 a node"),
+    ],
+)
+def test_gpus_are_counted_whatever_their_kind(job, kinds, says):
+    """As Slurm's record of a job has them, a line for nodes that are alike."""
+    script = job("--cfg", "job", UNDONE="1", SLURM_GPUS_ON_NODE="1", SHOWN=kinds)
+    errors = script.communicate(timeout=120)[1]
+    assert script.returncode == (78 if says else 0), errors
+    assert errors.startswith(f"slurm: {says}" if says else ""), errors
+
+
+def test_a_slurm_that_does_not_answer_ends_no_job_and_an_array_is_asked_for_its_task(job, stand_in):
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    script = job("--cfg", "job", UNDONE="1", SLURM_GPUS_ON_NODE="1", BROKEN="1", **array)
+    errors = script.communicate(timeout=120)[1]
+    assert script.returncode == 0, errors
+    assert "the GPUs of other nodes are not compared" in errors
+    assert (stand_in / "scontrol").read_text() == "show job -d 7_3\n"
+
+
+def test_a_signal_while_slurm_is_asked_queues_the_job_again(job, stand_in):
+    """Then the parent of scontrol is a subshell of the script."""
+    script = job(SLURM_GPUS_ON_NODE="1", EARLY="1")
+    errors = script.communicate(timeout=120)[1]
+    assert script.returncode == 85, errors
+    asked = (stand_in / "scontrol").read_text().splitlines()
+    assert [line.split()[0] for line in asked] == ["show", "requeue"]
