@@ -80,6 +80,7 @@ def _run(command: Sequence[str], received: Sequence[signal.Signals]) -> int:
 def _end_with_parent(parent: int) -> None:
     """SIGTERM for the job when the sweep, process `parent`, is gone, even by SIGKILL."""
     if sys.platform == "linux":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the sweep's handler would take it until exec
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # gone before we asked to be told
             os.kill(os.getpid(), signal.SIGTERM)

@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+
+from llmtrain.config import sweep as sweeps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,3 +129,12 @@ def test_a_signal_reaches_the_job_at_work_once_and_ends_the_sweep(start, tmp_pat
     with suppress(psutil.NoSuchProcess):
         psutil.Process(pid).wait(timeout=120)
     assert not psutil.pid_exists(pid)
+
+
+def test_a_job_whose_sweep_is_gone_before_it_begins_ends():
+    """Though the sweep's own handlers are still there: until exec they would take the signal."""
+    orphan = partial(sweeps._end_with_parent, -1)
+    with sweeps._listening() as received:
+        process = subprocess.Popen(["sleep", "60"], start_new_session=True, preexec_fn=orphan)
+        assert process.wait(timeout=120) == -signal.SIGTERM
+    assert not received
