@@ -670,7 +670,6 @@ def test_heavy_libraries_are_left_alone_until_they_are_needed(tmp_path: Path) ->
     write_jsonl(tmp_path / "a.jsonl")
     program = """
 import sys
-import tempfile
 from llmtrain.data import readers
 from llmtrain.data.config import SourceConfig
 source = SourceConfig(path=sys.argv[1], weight=1)
@@ -990,6 +989,14 @@ def test_a_directory_that_may_not_be_read_is_not_left_out() -> None:
             ):
                 assert resolve_format(config) == "files"
                 input_files(config)
+        place.chmod(0o755)
+        for pattern in ("**", "**/*.jsonl", "*/*/*.jsonl"):
+            config = SourceConfig(path=f"{name}/{pattern}", weight=1)
+            with as_another_user(), pytest.raises(UserError, match=r"cannot be listed: .*Permission"):
+                input_files(config)
+        config = SourceConfig(path=f"{name}/*.jsonl", weight=1)  # which looks no deeper
+        with as_another_user():
+            assert [file.name for file in input_files(config)] == [f"{name}/a.jsonl"]
 
 
 @contextmanager

@@ -68,8 +68,17 @@ def _list_local(where: str, suits: Callable[[str], bool]) -> list[InputFile]:
         return [_local(path)]
     if path.is_dir():
         return [_local(file) for file in _files_below(path) if suits(str(file)) and file.is_file()]
+    _check_readable(path)
     matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob refuses absolute patterns)
     return [_local(Path(match)) for match in matches if Path(match).is_file()]
+
+
+def _check_readable(pattern: Path) -> None:
+    """OSError where a directory that a pattern looks into cannot be read: `glob` leaves it out in silence."""
+    parts = [part for part in (pattern, *pattern.parents) if _is_pattern(part.name)]
+    for looked_into in {part if part.name == "**" else part.parent for part in parts}:
+        for directory in glob.glob(f"{looked_into}/", recursive=True):  # noqa: PTH207
+            os.scandir(directory).close()
 
 
 def _files_below(directory: Path) -> Iterator[Path]:
