@@ -227,7 +227,7 @@ class Recorder:
     def _try(self, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # watching a run must not break it
+        except (Exception, SystemExit) as error:  # watching a run must not break it
             level = logging.DEBUG if self._failed else logging.WARNING  # more of the same trouble
             self._failed = True
             logger.log(
