@@ -57,7 +57,7 @@ EXPORTED = (
     "PATH", "PYTHON", "PYTORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TORCH_", "TRITON_", "UCX_", "WANDB_",
 )  # fmt: skip
 PROXIES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
-LOCAL = re.compile(r"(TRITON|TORCHINDUCTOR)_\w*(DIR|HOME)")
+LOCAL = re.compile(r"(TORCH_EXTENSIONS|TORCHINDUCTOR|TRITON)_\w*(DIR|HOME)")
 """How kernels are compiled must be the same everywhere; where they are kept is each host's own, as TMPDIR."""
 HOST = re.compile(
     r"(?P<user>[\w.-]+@)?((?P<name>[\w.-]+)|(?P<left>\[)?(?P<address>[\da-fA-F:.]+(%[\w.-]+)?)(?(left)\]))"

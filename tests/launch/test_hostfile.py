@@ -120,6 +120,7 @@ def test_the_environment_that_ranks_get(hostfile, tmp_path, monkeypatch):
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n\n")
     same = ("WANDB_API_KEY", "https_proxy", "HTTP_PROXY", "no_proxy", "FI_PROVIDER", "TRITON_F32_DEFAULT")
     own = ("OTHER", "CUDA_VISIBLE_DEVICES", "TMPDIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR")
+    own += ("TORCH_EXTENSIONS_DIR",)
     for name in ("MINE", "TRITON_CACHE_DIR", *same, *own):
         monkeypatch.setenv(name, f"{name} it's")
     monkeypatch.setenv("LLMTRAIN_EXPORT", "MINE TRITON_CACHE_DIR")
