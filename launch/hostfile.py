@@ -187,6 +187,17 @@ def wrong_slots(slots: int, gpus: int, any_gpus: bool) -> str:
     return f"slots={slots}, but nvidia-smi lists {gpus} GPU(s)"
 
 
+def wrong_torch(theirs: Mapping[str, Any]) -> str:
+    """Why a node's GPUs would stay idle: set up where there was none, its torch is one for CPUs."""
+    torch = theirs["versions"]["torch"]
+    if not theirs["gpus"] or not torch.endswith("+cpu") or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return ""
+    return (
+        f"torch {torch} cannot use its {theirs['gpus']} GPU(s): "
+        "LLMTRAIN_TORCH='torch>=2.11' bash launch/setup.sh (or DS_ACCELERATOR=cpu)"
+    )
+
+
 def look(hosts: Mapping[str, int]) -> list[dict[str, Any]]:
     """The facts of every host; HostsError has a line for each that cannot take part."""
     ours = facts("this machine", [sys.executable, "-"])
@@ -200,7 +211,11 @@ def look(hosts: Mapping[str, int]) -> list[dict[str, Any]]:
     any_gpus = any(theirs["gpus"] for theirs in found.values())
     lines = [line for theirs in answers if isinstance(theirs, HostsError) for line in theirs.lines]
     for host, theirs in found.items():
-        wrong = [differences(ours, theirs), wrong_slots(hosts[host], theirs["gpus"], any_gpus)]
+        wrong = [
+            differences(ours, theirs),
+            wrong_slots(hosts[host], theirs["gpus"], any_gpus),
+            wrong_torch(theirs),
+        ]
         if any(wrong):
             lines.append(f"{host}: {'; '.join(filter(None, wrong))}")
     if lines:

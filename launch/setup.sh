@@ -149,10 +149,13 @@ install_cpu_torch() {
     fi
 }
 
+# $1: the LLMTRAIN_TORCH of which the torch is that is there.
 install_torch() {
     local have
     have=$(installed_torch)
     if [[ -n ${LLMTRAIN_TORCH:-} ]]; then
+        # pip leaves any torch that "torch>=2.11" describes, be it for no GPU or for a newer driver.
+        [[ -z $have || $1 == "$LLMTRAIN_TORCH" ]] || pip uninstall -y torch >>"$log" 2>&1
         # shellcheck disable=SC2086  # several words: a requirement and pip's options
         install "$LLMTRAIN_TORCH" $LLMTRAIN_TORCH
     elif has_gpu; then
@@ -177,11 +180,13 @@ check_torch() {
 }
 
 set_up() {
+    local asked
     say "installing llmtrain and what it needs, about a minute on a fast network; details in $log"
     : >"$log"
     make_venv
+    asked=$(sed -n 3p "$stamp" 2>/dev/null || true)
     rm -f "$stamp"
-    install_torch
+    install_torch "$asked"
     [[ -n $(installed_torch) ]] || fail "pip installed no torch: see $log"
     # llmtrain's other needs must not exchange the torch that was just chosen.
     printf 'torch==%s\n' "$(installed_torch)" >"$venv/constraints.txt"

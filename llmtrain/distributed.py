@@ -5,10 +5,12 @@ torch and deepspeed are imported by the functions that use them, so that asking 
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import re
 import socket
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -188,7 +190,14 @@ def initialize(world: World, timeout: float | None = None) -> torch.device:
         return device
     world.export()
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:  # NVML has counted the GPUs, which works with any driver
+            raise UserError(
+                f"{device} cannot be used by torch {torch.__version__} with CUDA {torch.version.cuda}: "
+                f"{str(error).splitlines()[0]}; where the driver is too old for this torch, install another "
+                "with LLMTRAIN_TORCH (launch/setup.sh tells how)"
+            ) from error
         # DeepSpeed takes this as the index of the device: 0 where Slurm shows a task only its own GPU.
         os.environ["LOCAL_RANK"] = str(device.index)
     # Stages 2 and 3 of DeepSpeed 0.19.8 call what torch 2.13 renames, and hear of it at every step.
@@ -247,7 +256,28 @@ def _init_deepspeed(backend: str, timeout: float | None) -> None:
         limit = {"timeout": timedelta(seconds=timeout)}
         # DeepSpeed makes groups of its own without a time-out: they take these.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit["timeout"]
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, **limit)
+    if backend == "nccl" and timeout is not None:
+        # NCCL connects here without a limit, with no watchdog yet, and maybe with the interpreter's lock.
+        faulthandler.dump_traceback_later(timeout + 60, exit=True)
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, **limit)
+    finally:
+        if backend == "nccl":
+            faulthandler.cancel_dump_traceback_later()
+
+
+def leave_failed(code: int) -> None:
+    """End a GPU rank that failed at once: its end as Python's would wait in NCCL for ranks that do not come.
+
+    Their launcher would see nothing of it until they hang. Does nothing after `finalize`.
+    """
+    if code and "torch" in sys.modules and _is_grouped():
+        import torch.distributed as dist
+
+        if dist.get_backend() == "nccl":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def quiet_threads() -> None:

@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     with signals_end_it(ExitCode.PREEMPTED):
         code = hydra_door(train_config, train, __doc__, argv)
     tell_code(code)
+    from llmtrain import distributed
+
+    distributed.leave_failed(code)
     return code
 
 

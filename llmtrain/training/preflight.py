@@ -117,7 +117,9 @@ def check_memory(config: TrainConfig, world: World, model: Model) -> Note:
     needed = memory(model, layout if on_gpu else replace(layout, compiled=config.compile is True))
     stays, peak = needed.weights + needed.masters + needed.optimizer + needed.accumulators, needed.total
     if on_gpu:
-        room, where = torch.cuda.mem_get_info()[1], "the device has"
+        # By its index, and nothing allocated: `check` asks before ranks have chosen their devices.
+        own = min(world.local_rank, torch.cuda.device_count() - 1)
+        room, where = torch.cuda.get_device_properties(own).total_memory, "the device has"
     else:
         room, where = psutil.virtual_memory().total // world.local_world_size, "this machine has"
         stays, peak = stays + needed.host, peak + needed.host

@@ -112,6 +112,16 @@ def test_slots_are_gpus_where_any_host_has_some(hostfile):
     assert hostfile.wrong_slots(1, 0, True) == "slots=1, but nvidia-smi lists 0 GPU(s)"
 
 
+def test_gpus_that_torch_could_not_use_are_told(hostfile, monkeypatch):
+    """As on nodes that share their home with a machine without a GPU, where the environment was made."""
+    idle = {"versions": {"torch": "2.13.0+cpu"}, "gpus": 8}
+    assert hostfile.wrong_torch(idle).startswith("torch 2.13.0+cpu cannot use its 8 GPU(s): LLMTRAIN_TORCH=")
+    assert hostfile.wrong_torch({"versions": {"torch": "2.13.0+cu130"}, "gpus": 8}) == ""
+    assert hostfile.wrong_torch({**idle, "gpus": 0}) == ""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert hostfile.wrong_torch(idle) == ""
+
+
 def test_the_environment_that_ranks_get(hostfile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

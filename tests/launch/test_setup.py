@@ -146,6 +146,18 @@ def test_torch_is_the_users_to_choose(machine):
     assert machine.setup(LLMTRAIN_TORCH="torch==2.15.0 --no-deps") == (0, "")
 
 
+def test_another_torch_is_exchanged_also_where_the_one_that_is_there_would_do(machine):
+    """On a login node without a GPU, for nodes with GPUs; and as the warning of an old driver says."""
+    code, said = machine.setup()
+    assert code == 0, said
+    assert machine.torch() == "2.13.0+cpu"
+    shutil.rmtree(machine.wheels)
+    wheel(machine.wheels, "2.12.0")
+    code, said = machine.setup(LLMTRAIN_TORCH="torch>=2.11")
+    assert code == 0, said
+    assert machine.torch() == "2.12.0"
+
+
 def test_a_torch_that_sees_no_gpu_is_announced(machine):
     """As a wheel for a newer driver is."""
     machine.command("nvidia-smi", 'echo "GPU 0: NVIDIA H200 (UUID: GPU-1)"')

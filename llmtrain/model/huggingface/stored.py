@@ -128,6 +128,8 @@ def _readable(file: Path) -> Iterator[None]:
     """UserError where a library cannot read the file."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # torch's reader runs into whatever the bytes make of it: IndexError, KeyError
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(

@@ -57,7 +57,7 @@ def candidates(resume: str, directory: Path) -> list[Path]:
     if not found:
         beside = [path.name for path in _newest_first(named.parent)]
         way = (
-            f"there are {', '.join(beside)}"
+            f"there are {', '.join(beside[:3])}{' and older ones' if len(beside) > 3 else ''}"
             if beside
             else "a path is like runs/name/checkpoints/step_00000100"
         )
