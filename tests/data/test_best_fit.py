@@ -176,7 +176,6 @@ def test_it_is_the_same_every_time() -> None:
     assert [first.window(i) for i in range(first.count)] == [second.window(i) for i in range(first.count)]
 
 
-@pytest.mark.quiet
 def test_few_documents_that_fit_are_cut_and_a_block_takes_milliseconds() -> None:
     """Log-normal lengths as of a Chinese web corpus: median 134 tokens, mean 221."""
     rng = np.random.default_rng(2)

@@ -735,7 +735,6 @@ print(source.shards, total, source.tokens, seconds, peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
-@pytest.mark.quiet
 def test_a_hundred_thousand_shards_open_at_once(tmp_path: Path) -> None:
     """10^13 tokens: opened, measured in a process of its own, and rows of it read."""
     write_big_source(tmp_path / "big", documents_per_shard=20_000, materialised=[77_777, 99_999])
@@ -755,7 +754,6 @@ def test_opening_reads_the_index_alone(tmp_path: Path) -> None:
     assert ShardedSource(LocalShards(tmp_path)).lengths(np.array([1, 0])).tolist() == [2, 1]
 
 
-@pytest.mark.quiet
 def test_reading_is_fast_once_checked(originals: Path) -> None:
     """A slice costs microseconds: 2,000 of them in far less than a second, even on a loaded machine."""
     source = ShardedSource.open(originals)
